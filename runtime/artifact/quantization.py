@@ -1,0 +1,143 @@
+"""config.json's `quantization_config` in compressed-tensors' words: which scheme each linear was stored in.
+
+Only what the kernels compute exactly is accepted; a key that would change the numbers and is not known here is refused.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pressd.runtime.artifact.errors import ArtifactError
+from pressd.runtime.artifact.schemes import GROUP_SIZES, Scheme, parse_scheme
+
+FORMATS = {"packed_int": "pack-quantized", "int8": "int-quantized"}
+MIXED = "mixed-precision"
+_MAX_PATTERN = 4096
+_NAME_CHARACTERS = 64
+_MAX_WORK = 1e6
+# Keys of compressed-tensors that change nothing about how a finished symmetric checkpoint is decoded.
+_INERT = {"observer", "observer_kwargs", "scale_dtype", "zp_dtype"}
+# Orders of quantisation after which the columns are in their natural order again.
+_NATURAL_ORDER = (None, "weight", "static")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSchemes:
+    """The scheme of each linear by its name, compressed-tensors' rules of precedence applied."""
+
+    targets: tuple[tuple[str, Scheme], ...]
+    ignore: tuple[str, ...]
+
+    def scheme_of(self, linear: str) -> Scheme | None:
+        """Return the scheme of the linear called `linear`, None if it is dense.
+
+        Exact names win over patterns, patterns over the class name `Linear` (compressed-tensors, `match_targets`).
+        """
+        if any(_matches(linear, target) for target in self.ignore):
+            return None
+        by_rank = sorted(self.targets, key=lambda item: (item[0] == "Linear", "re:" in item[0], item[0]))
+        return next((scheme for target, scheme in by_rank if _matches(linear, target)), None)
+
+
+def read_quantization(config: Mapping[str, object]) -> StoredSchemes:
+    """Return what `quantization_config` says (without one: all dense); raises ArtifactError for the unknown."""
+    raw = config.get("quantization_config")
+    if raw is None:
+        return StoredSchemes(targets=(), ignore=())
+    where = "config.json: quantization_config"
+    fields = _object(raw, where)
+    if fields.get("quant_method") != "compressed-tensors":
+        raise ArtifactError(
+            f"{where}: quant_method {fields.get('quant_method')!r} is not known; known: compressed-tensors"
+        )
+    if fields.get("quantization_status") != "compressed":
+        status = fields.get("quantization_status")
+        raise ArtifactError(f"{where}: quantization_status is {status!r}; only compressed weights are read")
+    for key in ("kv_cache_scheme", "transform_config", "sparsity_config", "moe_sparsity_config"):
+        if fields.get(key) and fields[key] != {"format": "dense"}:
+            raise ArtifactError(f"{where}: {key} is not supported; serve a checkpoint without it")
+    targets: list[tuple[str, Scheme]] = []
+    for name, group in _object(fields.get("config_groups"), f"{where}.config_groups").items():
+        at = f"{where}.config_groups.{name}"
+        content = _object(group, at)
+        scheme = _scheme(content, fields.get("format"), at)
+        targets += [(target, scheme) for target in _targets(content.get("targets"), f"{at}.targets")]
+    return StoredSchemes(targets=tuple(targets), ignore=_targets(fields.get("ignore") or [], f"{where}.ignore"))
+
+
+def _scheme(group: dict[str, object], outer_format: object, at: str) -> Scheme:
+    weights = _object(group.get("weights"), f"{at}.weights")
+    bits, size = weights.get("num_bits"), weights.get("group_size")
+    strategy = weights.get("strategy")
+    inputs = group.get("input_activations")
+    if not _is_plain_integer(weights) or group.get("output_activations"):
+        raise ArtifactError(f"{at}: only symmetric static integer weights without outputs' quantisation are supported")
+    if strategy == "group" and size in GROUP_SIZES:
+        name = f"w{bits}a16g{size}"
+    elif strategy == "channel" and size in (None, -1):
+        name = f"w{bits}a16"
+    else:
+        raise ArtifactError(f"{at}: strategy {strategy!r} with group_size {size!r} is not supported")
+    if inputs is not None:
+        if name != "w8a16" or not _is_dynamic_int8(_object(inputs, f"{at}.input_activations")):
+            raise ArtifactError(f"{at}: quantised activations are supported as w8a8 (int8, dynamic per token) only")
+        name = "w8a8"
+    try:
+        scheme = parse_scheme(name)
+    except ValueError as error:
+        raise ArtifactError(f"{at}: {error}") from None
+    stored = group.get("format") or outer_format
+    if stored != FORMATS[scheme.storage]:
+        raise ArtifactError(f"{at}: format {stored!r} is not {FORMATS[scheme.storage]!r}, how {scheme.name} is stored")
+    return scheme
+
+
+def _is_plain_integer(args: dict[str, object]) -> bool:
+    plain = {"type": "int", "symmetric": True, "dynamic": False}
+    named = {"num_bits", "strategy", "group_size", "actorder"} | _INERT
+    return (
+        all(args.get(key, plain[key]) == plain[key] for key in plain)
+        and args.get("actorder") in _NATURAL_ORDER
+        and all(value is None for key, value in args.items() if key not in plain and key not in named)
+    )
+
+
+def _is_dynamic_int8(args: dict[str, object]) -> bool:
+    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+    return all(args.get(key) == value for key, value in wanted.items()) and all(
+        value is None for key, value in args.items() if key not in wanted and key not in _INERT
+    )
+
+
+def _targets(value: object, at: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ArtifactError(f"{at}: needs a list of names or re:patterns")
+    for target in value:
+        if target.startswith("re:"):
+            _check_pattern(target.removeprefix("re:"), at)
+    return tuple(value)
+
+
+def _check_pattern(pattern: str, at: str) -> None:
+    """A pattern comes from a file: refuse one whose matching time can explode (backtracking), or that is not valid."""
+    repeats, groups, bars = (len(re.findall(what, pattern)) for what in (r"[*+?{]", r"\(", r"\|"))
+    # Ways to split a name over the repeats times ways to choose alternatives: what a failing match may have to try.
+    work = _NAME_CHARACTERS**repeats * (bars / max(groups, 1) + 1) ** max(groups, 1)
+    if len(pattern) > _MAX_PATTERN or work > _MAX_WORK or re.search(r"\)[*+?{]", pattern):
+        raise ArtifactError(f"{at}: pattern {pattern[:80]!r} is too complicated; name the linears")
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ArtifactError(f"{at}: pattern {pattern[:80]!r} is not valid ({error})") from None
+
+
+def _matches(linear: str, target: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), linear) is not None
+    return target in (linear, "Linear")
+
+
+def _object(value: object, at: str) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{at}: needs an object")
+    return value
