@@ -1,0 +1,51 @@
+"""What an engine is told before it starts. No I/O, no environment, no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+DtypeName = Literal["auto", "float32", "float64", "bfloat16", "float16"]
+KernelPreference = Literal["fast", "reference"]
+
+DEVICES: tuple[DeviceName, ...] = ("auto", "cpu", "cuda")
+DTYPES: tuple[DtypeName, ...] = ("auto", "float32", "float64", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine; every bound is checked once, here.
+
+    `dtype` is what layers compute in (`auto`: the checkpoint's own). `kv_memory` is in bytes (None: as much as
+    `max_batch` requests of `max_context` tokens need, within a quarter of the free memory). `max_context` None takes
+    the model's own limit. `threads` None leaves torch's choice.
+    """
+
+    device: DeviceName = "auto"
+    dtype: DtypeName = "auto"
+    kernels: KernelPreference = "fast"
+    block_size: int = 16
+    kv_memory: int | None = None
+    max_batch: int = 32
+    max_step_tokens: int = 512
+    max_context: int | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_batch", "max_step_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("kv_memory", "max_context", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1, or left out")
+        if self.device not in DEVICES:
+            raise ValueError(f"device {self.device!r} is not known; choose one of {', '.join(DEVICES)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+        if self.kernels not in ("fast", "reference"):
+            raise ValueError(f"kernels {self.kernels!r} is not known; choose fast or reference")
+        if self.max_step_tokens < self.max_batch:
+            raise ValueError(
+                f"max_step_tokens ({self.max_step_tokens}) is below max_batch ({self.max_batch}); "
+                "a step must have room for one token of every running request"
+            )

@@ -1,0 +1,113 @@
+"""How one implementation per layer is chosen: once, at load, by asking each candidate why it would not do."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
+
+import torch
+
+from pressd.runtime.kernels.attention.batch import AttentionBatch, AttentionProblem
+
+Tensors = dict[str, torch.Tensor]
+Preference = Literal["fast", "reference"]
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearProblem:
+    """One (possibly fused) linear layer: y[T, out] = x[T, in] @ W[out, in]^T, computed in `dtype`."""
+
+    storage: str
+    bits: int
+    group_size: int | None
+    activation_bits: int
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """Where a layer will run and what that hardware can do, e.g. {"avx2", "vnni", "bf16"}."""
+
+    torch_device: torch.device
+    features: frozenset[str]
+
+    @property
+    def kind(self) -> str:
+        return self.torch_device.type
+
+
+class Candidate(Protocol):
+    """What choosing needs to know of an implementation."""
+
+    @property
+    def name(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearKernel:
+    """An implementation of one storage format.
+
+    `why_not(problem, device)` is None when it can serve the problem. `pack(tensors, problem, device)` lays the stored
+    tensors out once; what it returns is all the memory the layer keeps. `run(x, packed, problem)` maps [T, in] to
+    [T, out] in the problem's dtype, for any T including zero.
+    """
+
+    name: str
+    storage: str
+    why_not: Callable[[LinearProblem, Device], str | None]
+    pack: Callable[[Tensors, LinearProblem, Device], Tensors]
+    run: Callable[[torch.Tensor, Tensors, LinearProblem], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionKernel:
+    """An implementation of attention over paged keys and values.
+
+    `run(query, key_blocks, value_blocks, batch, problem)`: query [T, heads, head_dim], blocks
+    [blocks, block_size, kv_heads, head_dim] that already hold the new tokens; returns [T, heads, head_dim].
+    """
+
+    name: str
+    why_not: Callable[[AttentionProblem, Device], str | None]
+    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionBatch, AttentionProblem], torch.Tensor]
+
+
+K = TypeVar("K", bound=Candidate)
+P = TypeVar("P")
+
+
+def select(
+    candidates: Sequence[K], why_not: Callable[[K], str | None], prefer: Preference
+) -> tuple[K, tuple[str, ...]]:
+    """Return the first candidate without a refusal, and the refusals ("name: reason") of those before it.
+
+    The reference is registered last and never refuses, so there is always an answer.
+    """
+    refusals: list[str] = []
+    for candidate in candidates:
+        if prefer == REFERENCE and candidate.name != REFERENCE:
+            continue
+        reason = why_not(candidate)
+        if reason is None:
+            return candidate, tuple(refusals)
+        refusals.append(f"{candidate.name}: {reason}")
+    raise AssertionError(f"no candidate, not even the reference, took the problem: {refusals}")
+
+
+@functools.cache
+def describe_device(torch_device: torch.device) -> Device:
+    """Return the device with the features that kernels ask for."""
+    features = set[str]()
+    if torch_device.type == "cpu":
+        features.add(torch.backends.cpu.get_cpu_capability().lower())
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            features.add("bf16")
+        if torch.cpu._is_vnni_supported():
+            features.add("vnni")
+    elif torch_device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(torch_device)
+        features.add(f"sm_{major}{minor}")
+    return Device(torch_device=torch_device, features=frozenset(features))

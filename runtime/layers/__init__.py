@@ -1,0 +1,1 @@
+"""What a model is made of; each layer owns its weights and the kernel chosen for them."""

@@ -1,0 +1,19 @@
+"""The gated feed-forward network (SwiGLU; Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pressd.runtime.layers.linear import Linear, UnfusedLinear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedMLP:
+    """down(silu(gate(x)) * up(x)) with gate and up in one fused linear."""
+
+    gate_up: Linear | UnfusedLinear
+    down: Linear | UnfusedLinear
+
+    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x_TH).chunk(2, dim=-1)
+        return self.down(torch.nn.functional.silu(gate) * up)
