@@ -1,0 +1,77 @@
+"""Shows what an artifact says about itself: its manifest as a table. Checks nothing, reads no weights. No torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pressd.runtime.artifact.manifest import Manifest, PlannedGroup, read_manifest
+
+_COLUMNS = ("group", "scheme", "shape", "bits/weight", "bytes", "error")
+# Metrics with more digits than anybody compares.
+_DIGITS = 5
+
+
+def read(artifact: str | Path) -> Manifest:
+    """Return the manifest; raises ValueError if the directory is not an artifact of ours."""
+    path = Path(artifact)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory; give an artifact that `pressd compress` wrote")
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise ValueError(f"{path} is not an artifact of pressd (it has no manifest); press it first")
+    return manifest
+
+
+def show(manifest: Manifest) -> str:
+    """Return the manifest as text: a row per fused group, then totals and, once measured, quality."""
+    parts = [_table([_COLUMNS, *(_row(group) for group in manifest.plan)]), show_totals(manifest)]
+    if manifest.quality:
+        parts.append(show_quality(manifest.quality))
+    else:
+        parts.append("quality: not measured yet; run `pressd eval`")
+    requires = ", ".join(f"{name} {bound}" for name, bound in sorted(manifest.requires.items()))
+    parts.append(f"id {manifest.id}" + (f"\nother tools need {requires}" if requires else ""))
+    return "\n\n".join(parts)
+
+
+def show_totals(manifest: Manifest) -> str:
+    """Return one line of sizes."""
+    totals = manifest.totals
+    bpw = "" if totals.bpw is None else f", pressed linears {totals.bpw:.3f} bits per weight"
+    sizes = f"{_mebibytes(totals.bytes)} of weights (dense {_mebibytes(totals.dense_bytes)}, ratio {totals.ratio:.2f})"
+    return f"{totals.params:,} parameters, {sizes}{bpw}"
+
+
+def show_quality(quality: dict[str, object]) -> str:
+    """Return a measurement as a table of metric, value and standard error."""
+    errors, data = quality["stderr"], quality["data"]
+    assert isinstance(errors, dict)
+    assert isinstance(data, dict)
+    rows: list[Sequence[str]] = [("metric", "value", "standard error")]
+    for name, value in quality.items():
+        if isinstance(value, float):
+            error = errors.get(name)
+            rows.append((name, f"{value:.{_DIGITS}g}", "" if error is None else f"{error:.2g}"))
+    read = f"{data['tokens']} tokens of {data['name']} ({data['split']}) in rows of {data['seq_len']}"
+    return f"{_table(rows)}\nagainst {quality['source']} on {read}; standard errors are over rows, logarithms natural"
+
+
+def _row(group: PlannedGroup) -> Sequence[str]:
+    shape = " x ".join(map(str, group.shape))
+    note = f"{group.error:.2%}" if group.fallback is None else f"{group.error:.2%} (fallback: {group.fallback})"
+    return group.name, group.scheme, shape, f"{group.bits:.3f}", f"{group.bytes:,}", note
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Align columns: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"

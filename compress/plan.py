@@ -1,0 +1,122 @@
+"""From a recipe and a checkpoint's headers to a plan; every mistake of configuration is found here, before any work."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pressd.compress.recipe import KEEP, Recipe, Rule
+from pressd.runtime.artifact.families import EMBED, LM_HEAD, Block, FusedGroup, ModelMap
+from pressd.runtime.artifact.reader import Checkpoint
+from pressd.runtime.artifact.schemes import CASTS, KNOWN, LinearSpec, parse_scheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupPlan:
+    """What becomes of one fused group; `specs` has one entry per member, by its prefix."""
+
+    group: FusedGroup
+    scheme: str
+    specs: dict[str, LinearSpec]
+
+    @property
+    def is_pressed(self) -> bool:
+        """Whether the group is stored as anything but dense weights."""
+        return any(spec.storage != "dense" for spec in self.specs.values())
+
+    def stored_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of everything stored for this group."""
+        return sum(spec.stored_bytes(dtype) for spec in self.specs.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockPlan:
+    """One block's groups, and the tensors that are only copied."""
+
+    block: Block
+    groups: tuple[GroupPlan, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to do with every tensor of the source. `dtype` is that of scales and of everything that stays dense."""
+
+    model: ModelMap
+    dtype: torch.dtype
+    blocks: tuple[BlockPlan, ...]
+
+    def groups(self) -> tuple[GroupPlan, ...]:
+        """Every fused group, in file order."""
+        return tuple(group for block in self.blocks for group in block.groups)
+
+
+def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
+    """Decide what becomes of every tensor, from names and shapes alone.
+
+    Raises ValueError for a source that is pressed already, an unknown scheme, a rule that decides nothing, groups that
+    do not divide a weight, and two precisions in one artifact.
+    """
+    if source.config.get("quantization_config") is not None:
+        raise ValueError(f"{source.path} is pressed already; press the dense checkpoint it was made from")
+    decisions = _decide(source.model, recipe)
+    dtype = _dense_dtype(source.torch_dtype, [rule.scheme for rule in decisions.values()])
+    # Where the rest is cast, a group that no rule names is cast with it: that is not "keep".
+    default = KEEP if dtype == source.torch_dtype else next(name for name, cast in CASTS.items() if cast == dtype)
+    blocks = tuple(
+        BlockPlan(block=block, groups=tuple(_plan_group(group, decisions, default, dtype) for group in block.groups))
+        for block in source.model.blocks
+    )
+    return Plan(model=source.model, dtype=dtype, blocks=blocks)
+
+
+def _decide(model: ModelMap, recipe: Recipe) -> dict[str, Rule]:
+    """Return the rule of each group that has one."""
+    for rule in recipe.rules:
+        if rule.scheme != KEEP:
+            _check_scheme(rule)
+    decisions: dict[str, Rule] = {}
+    for group in model.groups():
+        matching = [rule for rule in recipe.rules if rule.matches(group)]
+        if matching:
+            decisions[group.name] = matching[-1]
+    used = {rule.pattern for rule in decisions.values()}
+    for rule in recipe.rules:
+        # A tied head is the embedding: a rule that keeps it says something true.
+        if rule.pattern not in used and not (rule.pattern == LM_HEAD and model.tied):
+            why = "no group has that name, or later rules match the same groups"
+            raise ValueError(f"recipe: scheme.{rule.pattern!r} decides nothing: {why}")
+    return decisions
+
+
+def _check_scheme(rule: Rule) -> None:
+    try:
+        scheme = parse_scheme(rule.scheme)
+    except ValueError:
+        raise ValueError(
+            f"recipe: scheme.{rule.pattern!r}: {rule.scheme!r} is not known; known: {KNOWN}, {KEEP}"
+        ) from None
+    if rule.pattern in (EMBED, LM_HEAD) and scheme.storage != "dense":
+        raise ValueError(f"recipe: scheme.{rule.pattern!r}: {rule.pattern} can only be kept dense now; write {KEEP!r}")
+
+
+def _dense_dtype(source: torch.dtype, schemes: list[str]) -> torch.dtype:
+    """The one precision of scales and dense tensors: loaders read a whole model in one."""
+    wanted = {CASTS[name] for name in schemes if name in CASTS} | ({source} if KEEP in schemes else set())
+    if len(wanted) > 1:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in wanted))
+        raise ValueError(f"recipe: dense tensors would be {names}; an artifact has one precision for all of them")
+    return wanted.pop() if wanted else source
+
+
+def _plan_group(group: FusedGroup, decisions: dict[str, Rule], default: str, dtype: torch.dtype) -> GroupPlan:
+    rule = decisions.get(group.name)
+    name = default if rule is None else rule.scheme
+    specs = {}
+    for member in group.members:
+        if name == KEEP:
+            specs[member.prefix] = LinearSpec.dense(member.shape, dtype)
+            continue
+        try:
+            specs[member.prefix] = parse_scheme(name).spec(member.shape)
+        except ValueError as error:
+            raise ValueError(f"recipe: {group.name}: {error}; choose a smaller group or no group") from None
+    return GroupPlan(group=group, scheme=name, specs=specs)

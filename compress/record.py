@@ -1,0 +1,70 @@
+"""Fills the manifest of a finished artifact: where it came from, what is in it, and how large it is."""
+
+import math
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from pressd.compress.plan import Plan
+from pressd.compress.quantization_config import requirements
+from pressd.compress.recipe import Recipe
+from pressd.runtime.artifact.directory import INDEX
+from pressd.runtime.artifact.manifest import (
+    SCHEMA,
+    Manifest,
+    PlannedGroup,
+    Source,
+    StoredFile,
+    Tool,
+    Totals,
+    artifact_id,
+    digest_file,
+)
+from pressd.runtime.artifact.manifest import Recipe as RecipeRecord
+from pressd.runtime.artifact.reader import Checkpoint
+
+
+def make_manifest(
+    source: Checkpoint, recipe: Recipe, plan: Plan, groups: tuple[PlannedGroup, ...], directory: Path
+) -> Manifest:
+    """Return the manifest of everything that is in `directory` now; `groups` say how each was stored."""
+    files = {path.name: digest_file(path) for path in sorted(directory.iterdir()) if path.is_file()}
+    return Manifest(
+        schema_version=SCHEMA,
+        id=artifact_id(files),
+        tool=Tool(name="pressd", version=version("pressd"), torch=torch.__version__),
+        source=Source(path=str(source.path.resolve()), files=_source_files(source)),
+        recipe=RecipeRecord(text=recipe.text, sha256=sha256(recipe.text.encode()).hexdigest()),
+        plan=groups,
+        files=files,
+        totals=_totals(source, plan, groups, files),
+        quality={},
+        gates=recipe.gates,
+        requires=requirements(plan),
+        # Only what has been loaded there is called native.
+        loads_in={"pressd": "native", "transformers": "native", "vllm": "layout-checked"},
+    )
+
+
+def _source_files(source: Checkpoint) -> dict[str, StoredFile]:
+    names = ["config.json", *source.weight_files]
+    if len(source.weight_files) > 1:
+        names.append(INDEX)
+    return {name: digest_file(source.path / name) for name in sorted(names)}
+
+
+def _totals(source: Checkpoint, plan: Plan, groups: tuple[PlannedGroup, ...], files: dict[str, StoredFile]) -> Totals:
+    pressed = {group.group.name for group in plan.groups() if group.is_pressed}
+    bits = sum(8 * group.bytes for group in groups if group.name in pressed)
+    weights = sum(math.prod(group.shape) for group in groups if group.name in pressed)
+    stored = sum(file.bytes for name, file in files.items() if name.endswith(".safetensors"))
+    dense = source.model.num_params * source.torch_dtype.itemsize
+    return Totals(
+        params=source.model.num_params,
+        dense_bytes=dense,
+        bytes=stored,
+        ratio=dense / stored,
+        bpw=bits / weights if weights else None,
+    )

@@ -1,0 +1,78 @@
+"""A directory appears complete or not at all: it is made beside its place under another name, then moved there."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from pressd.runtime.artifact.errors import ArtifactError
+from pressd.runtime.artifact.manifest import FOLDER, is_artifact, read_manifest
+
+
+@contextlib.contextmanager
+def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a new directory to fill; it becomes `out` at the end, or is removed if anything at all goes wrong.
+
+    Raises ValueError as `check_target` does; it is asked again at the end, for the work between takes long.
+    """
+    check_target(out, overwrite=overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = _sibling(out, "partial")
+    partial.mkdir()
+    try:
+        yield partial
+        check_target(out, overwrite=overwrite)
+        _move(partial, out)
+    except BaseException:
+        # What went wrong first is what the user must see, not that its remains could not be removed.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_target(out: Path, *, overwrite: bool) -> None:
+    """Refuse to put an artifact where something else is; raises ValueError with the way out."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ValueError(f"{out} is not a directory; give another place")
+    if not _has_content(out):
+        return
+    if not is_artifact(out):
+        raise ValueError(f"{out} holds something that is no artifact of pressd; give an empty or a new directory")
+    if not overwrite:
+        raise ValueError(f"{out} holds an artifact already; give --overwrite to replace it, or another directory")
+    stray = _stray(out)
+    if stray is not None:
+        raise ValueError(f"{stray} is not part of the artifact beside it; move it away, or give another directory")
+
+
+def _has_content(path: Path) -> bool:
+    return path.exists() and any(path.iterdir())
+
+
+def _stray(artifact: Path) -> Path | None:
+    """Return something in the directory that its manifest does not list, so that replacing it would lose it."""
+    try:
+        manifest = read_manifest(artifact)
+    except ArtifactError as error:
+        raise ValueError(f"{artifact} cannot be replaced ({error}); remove it, or give another directory") from None
+    assert manifest is not None
+    known = {FOLDER, *manifest.files}
+    return next((path for path in sorted(artifact.iterdir()) if path.name not in known), None)
+
+
+def _move(partial: Path, out: Path) -> None:
+    if not _has_content(out):
+        partial.replace(out)
+        return
+    old = _sibling(out, "replaced")
+    out.replace(old)
+    try:
+        partial.replace(out)
+    except BaseException:
+        old.replace(out)
+        raise
+    shutil.rmtree(old)
+
+
+def _sibling(out: Path, what: str) -> Path:
+    return out.with_name(f"{out.name}.{what}-{os.getpid()}")

@@ -1,0 +1,160 @@
+"""The verbs as the command line runs them: exit codes, what goes to which stream, and what is imported."""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pressd.compress import evaluate, verbs
+from pressd.runtime.artifact.manifest import read_manifest
+
+
+def run(*words: str | Path) -> int:
+    parser = argparse.ArgumentParser()
+    verbs.add_parsers(parser.add_subparsers(required=True))
+    args = parser.parse_args([str(word) for word in words])
+    code: int = args.run(args)
+    return code
+
+
+@pytest.fixture
+def pressed(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    assert run("compress", tiny_llama, "-o", tmp_path / "out", "-s", "w4a16g32") == 0
+    capsys.readouterr()
+    return tmp_path / "out"
+
+
+def test_compress_says_what_came_out(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("compress", tiny_llama, "-o", tmp_path / "out", "-s", "w4a16g32") == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{tmp_path / 'out'}: 98,752 parameters, ")
+    assert captured.out.count("\n") == 1
+    assert captured.err == "4/4 head\n"
+
+
+def test_compress_prints_one_object(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'source = "{tiny_llama}"\n[scheme]\n"*" = "w8a8"\n')
+    assert run("compress", "-o", tmp_path / "out", "--recipe", recipe, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert printed == json.loads(manifest.to_json())
+    assert printed["schema"] == 1
+
+
+def test_compress_needs_a_source(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[scheme]\n"*" = "w8a8"\n')
+    for how in (("-s", "w8a8"), ("--recipe", recipe)):
+        with pytest.raises(ValueError, match="there is no source; give SOURCE"):
+            run("compress", "-o", tmp_path / "out", *how)
+
+
+def test_overwriting_is_asked_for(tiny_llama: Path, pressed: Path) -> None:
+    with pytest.raises(ValueError, match="give --overwrite"):
+        run("compress", tiny_llama, "-o", pressed, "-s", "w8a8")
+    assert run("compress", tiny_llama, "-o", pressed, "-s", "w8a8", "--overwrite") == 0
+
+
+def test_inspect_shows_every_group(pressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", pressed) == 0
+    shown = capsys.readouterr().out
+    assert "layers.1.gate_up  w4a16g32  320 x 64" in shown
+    assert "quality: not measured yet" in shown
+    assert run("inspect", pressed, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["plan"][1]["name"] == "layers.0.qkv"
+
+
+def test_inspect_shows_a_measurement(
+    pressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "TOKENS", 512)
+    (tmp_path / "long.txt").write_text("def f(x):\n    return x\n" * 30)
+    assert run("eval", pressed, "--data", tmp_path / "long.txt", "--tokens", "512", "--seq-len", "64") == 0
+    assert "recorded in the manifest" in capsys.readouterr().out
+    assert run("inspect", pressed) == 0
+    shown = capsys.readouterr().out
+    assert "top1_agreement" in shown
+    assert "512 tokens of long.txt (heldout) in rows of 64; standard errors are over rows" in shown
+
+
+def test_inspect_refuses_what_is_no_artifact(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not an artifact of pressd"):
+        run("inspect", tiny_llama)
+    with pytest.raises(ValueError, match="is not a directory"):
+        run("inspect", tmp_path / "nothing")
+
+
+def test_eval_prints_one_object_and_a_missed_gate_is_exit_3(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, data = tmp_path / "r.toml", tmp_path / "text.txt"
+    data.write_text("import this\n" * 50)
+    recipe.write_text('[scheme]\n"*" = "w2a16"\n[gates]\nkl_mean = 1e-9\nppl_ratio = 1e9\n')
+    assert run("compress", tiny_llama, "-o", tmp_path / "out", "--recipe", recipe) == 0
+    capsys.readouterr()
+    assert run("eval", tmp_path / "out", "--data", data, "--tokens", "128", "--seq-len", "64", "--json") == 3
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found.keys() == {
+        *("source", "artifact", "data", "ppl_source", "ppl", "ppl_ratio", "kl_mean", "kl_median", "kl_p99", "kl_max"),
+        *("top1_agreement", "js_mean", "stderr"),
+    }
+    assert {"name", "split", "tokens", "seq_len", "sha256"} <= found["data"].keys()
+    assert captured.err.splitlines()[-1].startswith("gate missed: kl_mean is ")
+    assert captured.err.count("gate missed") == 1
+
+
+def test_verify_notices_a_changed_file(pressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("verify", pressed, "--full") == 0
+    assert "files agree with the manifest; id " in capsys.readouterr().out
+    path = pressed / "tokenizer.json"
+    path.write_bytes(path.read_bytes().replace(b"a", b"b"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not the file that was written") as caught:
+        run("verify", pressed, "--full")
+    assert "\n" not in str(caught.value)
+
+
+def test_verify_reads_foreign_headers(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("verify", tiny_llama) == 0
+    assert "headers agree with config.json" in capsys.readouterr().out
+
+
+def test_verbs_that_read_no_weights_import_no_torch(pressed: Path, tmp_path: Path) -> None:
+    program = (
+        "import argparse, sys\n"
+        "from pressd.compress import verbs\n"
+        "parser = argparse.ArgumentParser()\n"
+        "verbs.add_parsers(parser.add_subparsers())\n"
+        "args = parser.parse_args(sys.argv[1:])\n"
+        "code = args.run(args)\n"
+        "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()\n"
+        "sys.exit(code)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, "inspect", pressed], check=True, cwd=tmp_path)
+
+
+def test_progress_is_sparse_in_a_log_and_one_line_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([0.0, 1.0, 5.5, 6.0, 7.0])
+    progress = verbs._Progress(clock=lambda: next(times))
+    for done in (1, 2, 3, 4):
+        progress.tell("work", done, 4)
+    assert capsys.readouterr().err == "2/4 work\n4/4 work\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = verbs._Progress(clock=lambda: 0.0)
+    for done in (1, 2):
+        progress.tell("work", done, 2)
+    assert capsys.readouterr().err == "\r\x1b[K1/2 work\r\x1b[K2/2 work\n"
+
+
+def test_a_copy_of_an_artifact_is_the_same_artifact(pressed: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(pressed, tmp_path / "elsewhere"))
+    assert run("verify", copy, "--full") == 0
+    assert read_manifest(copy) == read_manifest(pressed)
