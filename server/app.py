@@ -1,0 +1,228 @@
+"""The life of `pressd serve`: bind, load, serve, drain, end."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Protocol
+
+import grpc.aio
+import uvloop
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]  # not in the stubs
+from grpc_reflection.v1alpha import reflection
+
+from pressd.runtime.request import EngineInfo
+from pressd.server import metrics as m
+from pressd.server.control import ControlServicer
+from pressd.server.door import Door, Phase
+from pressd.server.engine_client import EngineStartError
+from pressd.server.errors import unavailable
+from pressd.server.interceptors import CallInterceptor
+from pressd.server.servicer import InferenceServicer
+from pressd.server.settings import Settings
+from pressd.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+log = logging.getLogger("pressd.app")
+
+TERMINATION_LOG = Path("/dev/termination-log")
+READY = "pressd.v1.Inference"
+# Seconds between two looks at the watchdog, for aborted requests to send their status, and for the last bytes out.
+WATCH_INTERVAL = 5.0
+ABORT_GRACE = 2.0
+LAST_BYTES_GRACE = 0.5
+
+
+class HealthServicer(Protocol):
+    """What is used of grpc_health's servicer."""
+
+    async def set(self, service: str, status: health_pb2.HealthCheckResponse.ServingStatus) -> None: ...
+
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    # gRPC spreads the age by a tenth either way, so that clients do not all come back at once.
+    ("grpc.max_connection_age_ms", 1_800_000),
+    ("grpc.max_connection_age_grace_ms", 3_600_000),
+    ("grpc.max_concurrent_streams", 1024),
+    ("grpc.so_reuseport", 0),
+)
+
+
+class StartError(Exception):
+    """The server cannot start, or cannot go on; the message is one line for the user."""
+
+
+def run(
+    settings: Settings,
+    announce: Callable[[str], None],
+    *,
+    factory: str,
+    termination_log: Path = TERMINATION_LOG,
+) -> int:
+    """Serve until a signal; return the exit status. `announce` gets one line when requests are taken.
+
+    Raises what ended it, StartError if that is the user's to mend, after leaving it where Kubernetes looks for the
+    cause of death. `factory` makes the engine.
+    """
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(settings, announce, factory))
+    except Exception as error:
+        if termination_log.exists():
+            termination_log.write_text(f"{error}\n", encoding="utf-8")
+        raise
+
+
+async def _serve(settings: Settings, announce: Callable[[str], None], factory: str) -> int:
+    signals = _Signals()
+    metrics = m.Metrics(settings.served_name)
+    with contextlib.ExitStack() as stack:  # the metrics port closes last
+        try:
+            metrics_port = stack.enter_context(m.exposed(metrics, settings.host, settings.metrics_port))
+        except OSError as error:
+            raise StartError(f"metrics port {settings.metrics_port} on {settings.host}: {error.strerror}") from None
+        door = Door(settings, metrics, factory)
+        async with _listening(door) as (health, port):
+            if settings.insecure:
+                log.warning("there is no encryption and anybody may connect", extra={"host": settings.host})
+            log.info("listening", extra={"host": settings.host, "port": port, "metrics_port": metrics_port})
+            serving = asyncio.ensure_future(door.run())
+            publishing = asyncio.ensure_future(_publish(door, health, announce))
+            told = asyncio.ensure_future(signals.next())
+            try:
+                await asyncio.wait({serving, publishing, told}, return_when=asyncio.FIRST_COMPLETED)
+                if not told.done():
+                    raise _cause(serving, publishing)
+                return await _drain(door, signals, settings.shutdown_timeout)
+            finally:
+                for task in (serving, publishing, told):
+                    task.cancel()
+                await asyncio.gather(serving, publishing, told, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def _listening(door: Door) -> AsyncIterator[tuple[HealthServicer, int]]:
+    """A gRPC server for the length of a block; raises StartError if its port is taken."""
+    settings = door.settings
+    server = grpc.aio.server(interceptors=[CallInterceptor(door.metrics)], options=CHANNEL_OPTIONS)
+    health: HealthServicer = health_aio.HealthServicer()
+    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(door), server)
+    control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(door), server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    services = [file.services_by_name for file in (inference_pb2.DESCRIPTOR, control_pb2.DESCRIPTOR)]
+    names = [service.full_name for by_name in services for service in by_name.values()]
+    reflection.enable_server_reflection(
+        [*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME], server
+    )
+    for name in _ready_names(settings):
+        await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+    _require_free(settings.host, settings.port)
+    try:
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        port = server.add_insecure_port(f"{host}:{settings.port}")
+    except RuntimeError as error:
+        raise StartError(f"port {settings.port} on {settings.host}: {error}") from None
+    await server.start()
+    try:
+        yield health, port
+    finally:
+        await server.stop(LAST_BYTES_GRACE)
+
+
+def _require_free(host: str, port: int) -> None:
+    """gRPC tells of a taken port in many lines of its own; the kernel says it in one."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.create_server(address[:2], family=family):
+            pass
+    except OSError as error:
+        raise StartError(f"port {port} on {host}: {error.strerror}; is another server running there?") from None
+
+
+async def _publish(door: Door, health: HealthServicer, announce: Callable[[str], None]) -> None:
+    """Keep health and the watchdog's gauge in step with the door, and announce the first readiness."""
+    announced = False
+    while True:
+        ready = _status(door.phase is Phase.READY)
+        for name in _ready_names(door.settings):
+            await health.set(name, ready)
+        await health.set("", _status(door.is_alive))
+        door.metrics.set(m.WATCHDOG, to=door.step_age())
+        if door.phase is Phase.READY and not announced and door.info is not None:
+            announce(start_line(door.info))
+            announced = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WATCH_INTERVAL):
+                await door.changed.wait()
+        door.changed.clear()
+
+
+async def _drain(door: Door, signals: "_Signals", timeout: float) -> int:
+    """Let live requests finish, then end the rest with a status; a second signal ends at once."""
+    log.info("draining", extra={"live": door.num_live, "timeout_s": timeout})
+    door.drain()
+    idle, again = asyncio.ensure_future(door.idle.wait()), asyncio.ensure_future(signals.next())
+    try:
+        await asyncio.wait({idle, again}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if again.done():
+            log.warning("told twice; ending at once", extra={"live": door.num_live})
+            return 128 + again.result()
+        if not idle.done():
+            log.warning("ending live requests", extra={"live": door.num_live})
+            message = "the server shut down before the request was done; ask another one"
+            door.fail_all(unavailable("DRAIN_TIMEOUT", message, retry_after=0.0))
+            await asyncio.wait({idle}, timeout=ABORT_GRACE)
+        return 0
+    finally:
+        idle.cancel()
+        again.cancel()
+
+
+class _Signals:
+    """SIGTERM and SIGINT, one after another."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[int] = asyncio.Queue()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._queue.put_nowait, int(number))
+
+    async def next(self) -> int:
+        return await self._queue.get()
+
+
+def start_line(info: EngineInfo) -> str:
+    """What is served, in one line."""
+    mib = 1 << 20
+    kernels = ", ".join(
+        f"{choice.op} {choice.storage}: {choice.implementation} x{choice.layers}" for choice in info.kernels
+    )
+    return (
+        f"weights {info.weights_bytes / mib:.1f} MiB (dense {info.dense_bytes / mib:.1f}), "
+        f"KV {info.kv_bytes / mib:.1f} MiB = {info.kv_blocks * info.block_size} tokens, {info.device}, {kernels}"
+    )
+
+
+def _ready_names(settings: Settings) -> tuple[str, str]:
+    return READY, f"{READY}/{settings.served_name}"
+
+
+def _status(serving: bool) -> health_pb2.HealthCheckResponse.ServingStatus:
+    statuses = health_pb2.HealthCheckResponse
+    return statuses.SERVING if serving else statuses.NOT_SERVING
+
+
+def _cause(*tasks: "asyncio.Future[None]") -> BaseException:
+    """Why serving ended by itself."""
+    errors = [task.exception() for task in tasks if task.done() and not task.cancelled()]
+    error = next(error for error in errors if error is not None)
+    return StartError(str(error)) if isinstance(error, EngineStartError | ValueError | OSError) else error

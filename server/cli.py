@@ -1,0 +1,89 @@
+"""The `pressd` command: its verbs, and what a failure looks like. What a verb needs is imported when it runs."""
+
+import argparse
+import importlib.metadata
+import os
+import signal
+import sys
+import traceback
+
+from pressd.server import client_verbs, settings
+
+ENGINE = "pressd.server.engine_process:load_engine"
+FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
+
+
+def main(arguments: list[str] | None = None, *, engine: str = ENGINE) -> int:
+    """Run one verb and return its exit status: 0 done, 1 failed with one line on stderr, 2 wrong usage, 3 gate missed.
+
+    `engine` is an importable `module:function` that `serve` takes its engine from instead of its own.
+    """
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        status: int = run_serve(args, engine) if args.run is run_serve else args.run(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has enough. What is still buffered has nowhere to go, also when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        else:
+            sys.stderr.write(f"pressd {args.verb}: {_one_line(error)}\n")
+        return FAILED
+
+
+def run_serve(args: argparse.Namespace, engine: str) -> int:
+    """Serve a model until a signal."""
+    try:
+        told = settings.load(args)
+        told.engine_config()
+    except ValueError as error:
+        sys.stderr.write(f"pressd serve: {error}\n")
+        return USAGE
+    from pressd.server import app, logs
+
+    logs.configure(told.log_level)
+    return app.run(told, _say, factory=engine)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    # The workshop's verbs are the one place where the door looks into it, and they load no torch before they run.
+    from pressd.compress import verbs as workshop
+
+    parser = argparse.ArgumentParser(prog="pressd", description="Press language models, serve them over gRPC.")
+    parser.add_argument("--version", action="version", version=f"pressd {importlib.metadata.version('pressd')}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    workshop.add_parsers(verbs)
+    serve = verbs.add_parser(
+        "serve",
+        help="serve a model over gRPC",
+        description="Serve MODEL. Every setting is also PRESSD_<NAME> in the environment and a key of --config.",
+    )
+    settings.add_arguments(serve)
+    serve.set_defaults(run=run_serve)
+    client_verbs.add_parsers(verbs)
+    for verb in verbs.choices.values():
+        verb.add_argument("--debug", action="store_true", help="show the trace of a failure")
+    return parser
+
+
+def _one_line(error: Exception) -> str:
+    """A failure in one line; one that says nothing for itself is named by its kind."""
+    text = " ".join(str(error).split())
+    is_told = isinstance(error, ValueError | OSError) or type(error).__module__.startswith("pressd.")
+    return text if text and is_told else f"{type(error).__name__}: {text}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

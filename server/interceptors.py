@@ -1,0 +1,114 @@
+"""Around every call: its request id, its errors as statuses with details, its line in the log and the metrics."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, cast
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError, Message
+
+from pressd.server import measure
+from pressd.server.calls import CALL, Call
+from pressd.server.errors import Refusal, internal, invalid
+from pressd.server.fields import refuse_unsupported
+from pressd.server.metrics import Metrics
+from pressd.server.translate import request_id_of
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Behaviour = Callable[[Message, Context], Awaitable[Message | None]]
+
+OURS = "/pressd.v1."
+# A deadline begins when the client calls, so its clock runs out first and what we see is a dropped call. Seconds.
+CLIENTS_HEADSTART = 0.1
+
+log = logging.getLogger("pressd.calls")
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+    """Handles the calls of pressd.v1; health and reflection pass untouched."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
+        """Return the handler of a method, wrapped. Messages arrive as bytes, so that a malformed one is a bad field."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(OURS):
+            return handler
+        method = handler_call_details.method.rpartition("/")[2]
+        behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
+
+        async def handle(data: bytes, context: Context) -> Message | None:
+            return await self._handle(method, behaviour, handler.request_deserializer, data, context)
+
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(handle, response_serializer=handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(handle, response_serializer=handler.response_serializer)
+
+    async def _handle(
+        self, method: str, behaviour: Behaviour, parse: Callable[[bytes], Message], data: bytes, context: Context
+    ) -> Message | None:
+        call = Call(request_id=secrets.token_hex(8), method=method, arrival=time.monotonic())
+        CALL.set(call)
+        code, reason = grpc.StatusCode.OK, ""
+        try:
+            try:
+                request = _parse(parse, data)
+                call.request_id = request_id_of(
+                    request, cast(Iterable[tuple[str, str]], context.invocation_metadata() or ())
+                )
+                refuse_unsupported(method, request)
+                return await behaviour(request, context)
+            except Refusal:
+                raise
+            except Exception as error:
+                if context.done():  # the client is gone; writing to it fails in a dozen ways
+                    raise asyncio.CancelledError from error
+                log.exception("a defect", extra={"request_id": call.request_id, "method": method})
+                raise internal("INTERNAL", f"a defect of the server; its log has request {call.request_id}") from None
+        except Refusal as refusal:
+            code, reason = refusal.code, refusal.reason
+            await context.abort(code, refusal.message, _trailers(refusal, call.request_id))
+        except asyncio.CancelledError:
+            code = _code_of_cancel(context)
+            raise
+        finally:
+            self._record(call, code.name, reason)
+
+    def _record(self, call: Call, code: str, reason: str) -> None:
+        seconds = time.monotonic() - call.arrival
+        measure.call(self._metrics, call.method, code, reason=reason, finish_reason=call.finish_reason, seconds=seconds)
+        log.info(
+            "call",
+            extra={
+                "request_id": call.request_id,
+                "method": call.method,
+                "code": code,
+                "reason": reason or call.finish_reason,
+                "seconds": round(seconds, 6),
+                "prompt_tokens": call.num_prompt_tokens,
+                "tokens": call.num_tokens,
+            },
+        )
+
+
+def _parse(parse: Callable[[bytes], Message], data: bytes) -> Message:
+    try:
+        return parse(data)
+    except DecodeError:
+        raise invalid("message", "it cannot be read; was it written with another schema?") from None
+
+
+def _trailers(refusal: Refusal, request_id: str) -> tuple[tuple[str, str | bytes], ...]:
+    return (("x-request-id", request_id), ("grpc-status-details-bin", refusal.details(request_id)))
+
+
+def _code_of_cancel(context: Context) -> grpc.StatusCode:
+    remaining = context.time_remaining()
+    if remaining is not None and remaining <= CLIENTS_HEADSTART:
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+    return grpc.StatusCode.CANCELLED

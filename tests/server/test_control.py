@@ -1,0 +1,139 @@
+"""What a server says about itself: Control, health, reflection, metrics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from pressd.client import CallError, Client
+from pressd.server.fields import HONOURED
+from pressd.v1 import control_pb2, control_pb2_grpc, model_pb2
+
+pytestmark = pytest.mark.system
+
+# What exists in this build, by the names of the metrics' agreed list.
+SERIES = {
+    "build_info",
+    "engine_batch_size",
+    "engine_restarts",
+    "engine_step_seconds",
+    "engine_step_tokens",
+    "engine_step_watchdog_seconds",
+    "generated_tokens",
+    "inter_token_latency_seconds",
+    "kv_cache_block_tokens",
+    "kv_cache_blocks",
+    "kv_cache_capacity_bytes",
+    "kv_cache_usage_ratio",
+    "kv_cache_used_bytes",
+    "kv_gathers",
+    "model_info",
+    "model_load_seconds",
+    "model_weights_bytes",
+    "model_weights_dense_equivalent_bytes",
+    "numeric_errors",
+    "prompt_tokens",
+    "request_decode_seconds",
+    "request_duration_seconds",
+    "request_generated_tokens",
+    "request_prefill_seconds",
+    "request_prompt_tokens",
+    "request_queue_seconds",
+    "requests",
+    "requests_cancelled",
+    "requests_rejected",
+    "requests_running",
+    "requests_waiting",
+    "time_per_output_token_seconds",
+    "time_to_first_token_seconds",
+}
+
+
+@pytest.fixture
+def client(parrot: Any) -> Any:
+    with parrot.client() as client:
+        yield client
+
+
+def test_model_tells_what_it_is_and_can_do(client: Client) -> None:
+    (model,) = client.models()
+    assert model == client.model("parrot") == client.model()
+    assert (model.name, model.version, model.architecture) == ("parrot", "echo-1", "Echo")
+    assert model.state == model_pb2.MODEL_STATE_READY
+    assert (model.limits.max_context, model.limits.max_kv_tokens) == (4096, 4096 * 16)
+    assert list(model.capabilities.request_fields) == sorted(HONOURED["GenerateStream"])
+    assert model.capabilities.text
+    assert model.capabilities.chat
+    assert list(model.eos_token_ids) == [0]
+    assert (model.memory.weights_bytes, model.memory.dense_bytes) == (3 << 20, 8 << 20)
+    (kernel,) = model.compression.kernels
+    assert (kernel.op, kernel.implementation, kernel.num_layers, list(kernel.refusals)) == ("linear", "echo", 2, ["x"])
+    assert list(model.compression.methods) == []
+
+
+def test_unknown_model_is_not_found(client: Client, refused: Callable[..., CallError]) -> None:
+    refused(lambda: client.model("other"), "NOT_FOUND", "MODEL_NOT_FOUND")
+
+
+def test_server_tells_what_it_is(client: Client) -> None:
+    info = client.server_info()
+    assert info.state == control_pb2.SERVER_STATE_READY
+    assert (info.engine_restarts, info.max_queue_requests) == (0, 256)
+    assert info.started_at.seconds > 0
+
+
+@pytest.mark.parametrize("method", ["GetLoad", "WatchLoad", "LoadModel", "UnloadModel", "FlushPrefixCache", "Drain"])
+def test_what_is_absent_says_so(parrot: Any, method: str) -> None:
+    request = GetMessageClass(control_pb2.DESCRIPTOR.services_by_name["Control"].methods_by_name[method].input_type)()
+    with grpc.insecure_channel(parrot.target) as channel:
+        call = getattr(control_pb2_grpc.ControlStub(channel), method)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call(request, timeout=60))
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert f"{method} is not in this build" in str(caught.value.details())
+
+
+def test_reflection_lists_the_services(parrot: Any) -> None:
+    with grpc.insecure_channel(parrot.target) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        ask = reflection_pb2.ServerReflectionRequest
+        services, file = stub.ServerReflectionInfo(
+            iter([ask(list_services=""), ask(file_containing_symbol="pressd.v1.GenerateRequest")]), timeout=60
+        )
+    names = {service.name for service in services.list_services_response.service}
+    assert names >= {"pressd.v1.Inference", "pressd.v1.Control", "grpc.health.v1.Health"}
+    assert file.file_descriptor_response.file_descriptor_proto
+
+
+@pytest.mark.parametrize("service", ["", "pressd.v1.Inference", "pressd.v1.Inference/parrot"])
+def test_health_has_a_name_for_each_question(client: Client, service: str) -> None:
+    assert client.is_serving(service)
+
+
+def test_health_can_be_watched(parrot: Any) -> None:
+    with grpc.insecure_channel(parrot.target) as channel:
+        watching = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service="pressd.v1.Inference"), timeout=60
+        )
+        assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
+        watching.cancel()
+
+
+def test_metrics_are_the_agreed_ones(client: Client, parrot: Any) -> None:
+    client.generate("the metrics")
+    parrot.await_metric(0, "pressd_requests_running")
+    names = {f.name.removeprefix("pressd_") for f in parrot.families() if f.name.startswith("pressd_")}
+    assert names == SERIES
+    labels = {"model": "parrot", "method": "Generate", "code": "OK", "finish_reason": "eos"}
+    assert parrot.metric("pressd_requests_total", **labels) >= 1
+    assert parrot.metric("pressd_model_weights_bytes", device="cpu", format="dense") == 3 << 20
+    assert parrot.metric("pressd_kv_cache_blocks", state="free", dtype="float32") == 4096
+    assert parrot.metric("pressd_build_info") == 1
+
+
+def test_start_line_says_what_is_served(parrot: Any) -> None:
+    assert parrot.stdout() == ("weights 3.0 MiB (dense 8.0), KV 4.0 MiB = 65536 tokens, cpu, linear dense: echo x2\n")
