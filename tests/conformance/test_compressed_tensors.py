@@ -18,6 +18,7 @@ from pressd.runtime.models import load_decoder
 
 SCHEMES = ["w8a8", *(f"w{bits}a16g32" for bits in range(2, 9)), "w3a16", "w4a16", "w5a16", "w8a16"]
 LAYER = "model.layers.1."
+PYLM = Path(__file__).parents[2] / "examples" / "pylm"
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -64,6 +65,12 @@ def test_transformers_loads_several_files(source: Path, tmp_path: Path) -> None:
     ours = Checkpoint.open(tmp_path / "out")
     assert len(ours.weight_files) > 2
     _assert_same_weights(ours, _load(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "w8a8", "w4a16g128"])
+def test_transformers_loads_the_example_model_pressed(scheme: str, tmp_path: Path) -> None:
+    compress(PYLM, scheme, tmp_path / "out")
+    _assert_same_weights(Checkpoint.open(tmp_path / "out"), _load(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("scheme", ["w4a16g32", "w3a16"])

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.system
 PROMPTS = ["the theory", "lo and behold", "ü 漢字 €", "0123456789" * 7]
 NEW_TOKENS = 40
 NUM_LAYERS = 2
+PYLM = Path(__file__).parents[2] / "examples" / "pylm"
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,26 @@ def test_greedy_text_is_that_of_transformers(server: Any, answers: list[tuple[li
             ]
             assert [token.id for token in completion.tokens] == ids
             assert completion.text == text
+
+
+def test_the_example_model_says_what_transformers_says(server_of: Callable[..., Any]) -> None:
+    """Greedy text of the dense model over gRPC, both sides in float32; some answers end by themselves, some do not."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    prompts = ["def main():\n", "import ", "class Node:\n    def __init__(self", "# Copyright"]
+    model, tokenizer = LlamaForCausalLM.from_pretrained(PYLM, dtype=torch.float32), AutoTokenizer.from_pretrained(PYLM)
+    for server in server_of(PYLM, "--device", "cpu", "--dtype", "float32", scripted=False):
+        with server.client() as client:
+            for prompt in prompts:
+                ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+                with torch.inference_mode():
+                    made = model.generate(
+                        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=48, pad_token_id=0
+                    )
+                expected = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+                text = client.generate(prompt, temperature=0, max_new_tokens=48).completions[0].text
+                assert text == expected
 
 
 def test_neighbours_in_the_batch_change_nothing(server: Any, answers: list[tuple[list[int], str]]) -> None:
