@@ -2,7 +2,7 @@
 
 `stdlib` is the source text of the running Python's standard library, found through sysconfig and read in place. Two
 lists of modules are set aside: HELDOUT is never trained or calibrated on (its tests and near copies are kept out of
-training as well), CALIBRATION is the sample that passes collect statistics from. Python 3.11 to 3.13 have every module
+training as well), CALIBRATION is the sample that passes collect statistics from. Python 3.11 to 3.14 have every module
 of both; a module that the running Python lacks is left out, which the digest of a split shows.
 """
 
@@ -76,7 +76,6 @@ CALIBRATION = (
     "shutil.py",
     "socketserver.py",
     "sqlite3/dump.py",
-    "string.py",
     "subprocess.py",
     "tarfile.py",
     "threading.py",
