@@ -1,6 +1,6 @@
 """A request on its way: the tokens it has, how far they are computed, the blocks it holds. No torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pressd.runtime.request import Request
 
@@ -17,7 +17,6 @@ class Sequence:
     first_block: int | None = None
     scheduled_at: float = 0.0
     first_token_at: float = 0.0
-    stop_token_ids: frozenset[int] = field(default_factory=frozenset)
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -96,8 +96,9 @@ def size_pool(config: EngineConfig, decoder: Decoder, max_context: int) -> int:
         budget = int(torch.cuda.mem_get_info(decoder.device)[0] * KV_SHARE)
     else:
         budget = int(psutil.virtual_memory().available * KV_SHARE)
-    wanted = config.max_batch * -(-max_context // config.block_size)
-    num_blocks = min(budget // block_bytes, wanted if config.kv_memory is None else budget // block_bytes)
+    num_blocks = budget // block_bytes
+    if config.kv_memory is None:  # no more than can ever be used
+        num_blocks = min(num_blocks, config.max_batch * -(-max_context // config.block_size))
     if num_blocks < 1:
         raise ArtifactError(f"KV memory of {budget} bytes holds no block of {block_bytes} bytes; raise --kv-memory")
     return num_blocks

@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None, *, engine: str = ENGINE) -> int:
 
     `engine` is an importable `module:function` that `serve` takes its engine from instead of its own.
     """
-    parser = _parser()
+    parser = make_parser()
     args = parser.parse_args(arguments)
     try:
         status: int = run_serve(args, engine) if args.run is run_serve else args.run(args)
@@ -57,7 +57,8 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of every verb."""
     # The workshop's verbs are the one place where the door looks into it, and they load no torch before they run.
     from pressd.compress import verbs as workshop
 

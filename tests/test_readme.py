@@ -44,12 +44,12 @@ def test_the_readme_shows_the_main_verbs() -> None:
 
 @pytest.mark.parametrize("line", PRESSD)
 def test_command_line_of_the_readme_parses(line: str) -> None:
-    cli._parser().parse_args(shlex.split(line)[1:])
+    cli.make_parser().parse_args(shlex.split(line)[1:])
 
 
 def test_a_command_line_that_is_wrong_does_not_parse(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli._parser().parse_args(["compress", "MODEL", "--no-such-flag"])
+        cli.make_parser().parse_args(["compress", "MODEL", "--no-such-flag"])
     assert "usage" in capsys.readouterr().err
 
 

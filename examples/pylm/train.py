@@ -162,79 +162,94 @@ def load_data(work: Path, seed: int) -> tuple[PreTrainedTokenizerFast, torch.Ten
     return tokenizer, pack(tokenizer, library, generator), pack(tokenizer, tests, generator), heldout
 
 
+class Run:
+    """Everything that a checkpoint must hold for training to go on as if it had never stopped."""
+
+    def __init__(self, library_tokens: torch.Tensor, test_tokens: torch.Tensor, seed: int) -> None:
+        self.model = new_model(seed)
+        matrices = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
+        self.rest = [p for p in self.model.parameters() if p.ndim == 1] + [self.model.model.embed_tokens.weight]
+        self.muon = Muon(matrices)
+        self.adam = torch.optim.AdamW(self.rest, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.streams = {"library": Stream(library_tokens, seed), "tests": Stream(test_tokens, seed + 1)}
+
+    def next_batch(self, length: int, library_share: float) -> torch.Tensor:
+        """Return [sequences, length + 1] tokens, each sequence from the library with probability `library_share`."""
+        sequences = TOKENS_PER_STEP // length
+        from_library = int((torch.rand(sequences, generator=self.generator) < library_share).sum())
+        counts = {"library": from_library, "tests": sequences - from_library}
+        return torch.cat([self.streams[name].take(count, length) for name, count in counts.items() if count])
+
+    def update(self, rate: float) -> None:
+        """Step both optimisers at `rate` times their peak rates, and forget the gradients."""
+        torch.nn.utils.clip_grad_norm_(self.rest, 1.0)
+        self.muon.step(MUON_LR * rate)
+        for group in self.adam.param_groups:
+            group["lr"] = ADAM_LR * rate
+        self.adam.step()
+        self.model.zero_grad(set_to_none=True)
+
+    def save(self, path: Path, step: int) -> None:
+        """Write the checkpoint; it is whole or the old one at any moment."""
+        state = {
+            "step": step,
+            "model": self.model.state_dict(),
+            "adam": self.adam.state_dict(),
+            "momenta": self.muon.momenta,
+            "generator": self.generator.get_state(),
+            "tokens_read": {name: stream.tokens_read for name, stream in self.streams.items()},
+        }
+        partial = path.with_suffix(".tmp")
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def restore(self, path: Path) -> int:
+        """Continue from the checkpoint, if there is one; return the steps already made."""
+        if not path.exists():
+            return 0
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.adam.load_state_dict(state["adam"])
+        for momentum, saved in zip(self.muon.momenta, state["momenta"], strict=True):
+            momentum.copy_(saved)
+        self.generator.set_state(state["generator"])
+        for name, stream in self.streams.items():
+            stream.tokens_read = state["tokens_read"][name]
+        return int(state["step"])
+
+
 def train(work: Path, steps: int, seed: int, compiled: bool) -> None:
     """Train to `steps`, writing checkpoint.pt and log.jsonl to `work` every 100 steps."""
     work.mkdir(parents=True, exist_ok=True)
     _, library_tokens, test_tokens, heldout = load_data(work, seed)
     print(f"library {len(library_tokens):,} tokens, tests {len(test_tokens):,}, held out {len(heldout):,}", flush=True)
-    model = new_model(seed)
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if p.ndim == 1] + [model.model.embed_tokens.weight]
-    muon, adam = Muon(matrices), torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    streams = {"library": Stream(library_tokens, seed), "tests": Stream(test_tokens, seed + 1)}
-    start = 0
-    checkpoint_path = work / "checkpoint.pt"
-    if checkpoint_path.exists():
-        state: dict[str, Any] = torch.load(checkpoint_path, weights_only=True)
-        start = state["step"]
-        model.load_state_dict(state["model"])
-        adam.load_state_dict(state["adam"])
-        for momentum, saved in zip(muon.momenta, state["momenta"], strict=True):
-            momentum.copy_(saved)
-        generator.set_state(state["generator"])
-        for name, stream in streams.items():
-            stream.tokens_read = state["tokens_read"][name]
-    forward = torch.compile(model, dynamic=False) if compiled else model
+    run = Run(library_tokens, test_tokens, seed)
+    start = run.restore(work / "checkpoint.pt")
+    forward = torch.compile(run.model, dynamic=False) if compiled else run.model
     began, log = time.monotonic(), (work / "log.jsonl").open("a")
     running = 0.0
     for step in range(start, steps):
         length = next(length for length, until in STAGES if step < until * steps)
-        rate = learning_rate(step, steps)
         share = LIBRARY_SHARE_IN_DECAY if step >= steps * (1 - DECAY_SHARE) else LIBRARY_SHARE
-        sequences = TOKENS_PER_STEP // length
-        from_library = int((torch.rand(sequences, generator=generator) < share).sum())
-        rows = [streams["library"].take(from_library, length)] if from_library else []
-        if from_library < sequences:
-            rows.append(streams["tests"].take(sequences - from_library, length))
-        batch = torch.cat(rows)
-        loss = torch.nn.functional.cross_entropy(
-            forward(input_ids=batch[:, :-1], use_cache=False).logits.flatten(0, 1), batch[:, 1:].flatten()
-        )
+        batch = run.next_batch(length, share)
+        logits = forward(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(rest, 1.0)
-        muon.step(MUON_LR * rate)
-        for group in adam.param_groups:
-            group["lr"] = ADAM_LR * rate
-        adam.step()
-        model.zero_grad(set_to_none=True)
+        run.update(learning_rate(step, steps))
         running += loss.item()
+        seconds = time.monotonic() - began
         if (step + 1) % 20 == 0:
-            tokens_per_s = (step + 1 - start) * TOKENS_PER_STEP / (time.monotonic() - began)
+            tokens_per_s = (step + 1 - start) * TOKENS_PER_STEP / seconds
             print(f"step {step + 1}/{steps} loss {running / 20:.3f} {tokens_per_s:,.0f} tok/s", flush=True)
             running = 0.0
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            heldout_nats = heldout_loss(model, heldout, 512, 65536 if step + 1 < steps else len(heldout))
-            record = {
-                "step": step + 1,
-                "steps": steps,
-                "heldout_nats": round(heldout_nats, 4),
-                "seconds": round(time.monotonic() - began),
-            }
+            nats = heldout_loss(run.model, heldout, 512, 65536 if step + 1 < steps else len(heldout))
+            record = {"step": step + 1, "steps": steps, "heldout_nats": round(nats, 4), "seconds": round(seconds)}
             log.write(json.dumps(record) + "\n")
             log.flush()
             print(record, flush=True)
-            tokens_read = {name: stream.tokens_read for name, stream in streams.items()}
-            state = {
-                "step": step + 1,
-                "model": model.state_dict(),
-                "adam": adam.state_dict(),
-                "momenta": muon.momenta,
-                "generator": generator.get_state(),
-                "tokens_read": tokens_read,
-            }
-            torch.save(state, work / "checkpoint.tmp")
-            (work / "checkpoint.tmp").replace(checkpoint_path)
+            run.save(work / "checkpoint.pt", step + 1)
 
 
 def export(work: Path, out: Path, seed: int) -> None:
