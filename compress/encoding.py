@@ -1,15 +1,18 @@
-"""Between codes and stored tensors, whatever the storage: the workshop's half of each format's encode and decode."""
+"""Between weights and stored tensors, whatever the storage: the workshop's half of each format's encode and decode."""
+
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
-from pressd.runtime.artifact.schemes import LinearSpec
+from pressd.runtime.artifact.specs import Chain, LinearSpec, Masked, Packed, Sum
 from pressd.runtime.kernels.dense import format as dense
 from pressd.runtime.kernels.int8 import format as int8
+from pressd.runtime.kernels.mask import format as mask
 from pressd.runtime.kernels.packed_int import format as packed_int
 
 
-def encode(codes: Tensor, scale: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
+def encode(codes: Tensor, scale: Tensor, spec: Packed) -> dict[str, Tensor]:
     """Return the tensors to store, by suffix, for codes int8 [out, in] and scale [out, groups]."""
     if spec.storage == int8.NAME:
         return int8.encode(codes, scale)
@@ -19,6 +22,38 @@ def encode(codes: Tensor, scale: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
 
 def decode(tensors: dict[str, Tensor], spec: LinearSpec, dtype: torch.dtype) -> Tensor:
     """Return the weight [out, in] in `dtype` that the stored tensors stand for."""
+    match spec:
+        case Packed():
+            return _decode_packed(tensors, spec, dtype)
+        case Masked():
+            values = _decode_packed(part(tensors, "values"), spec.values, dtype)
+            return mask.expand(values, mask.unpack(tensors["mask"], spec.in_features))
+        case Chain():
+            wide = torch.promote_types(dtype, torch.float32)
+            factors = (_decode_packed(part(tensors, name), leaf, wide) for name, leaf in (("a", spec.a), ("b", spec.b)))
+            a, b = factors
+            return (a @ b).to(dtype)
+        case Sum():
+            wide = torch.promote_types(dtype, torch.float32)
+            base = decode(part(tensors, "base"), spec.base, wide)
+            return (base + decode(part(tensors, "residual"), spec.residual, wide)).to(dtype)
+        case _:
+            assert_never(spec)
+
+
+def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the tensors of one child, by their suffixes below it."""
+    return {
+        suffix.removeprefix(f"{name}."): tensor for suffix, tensor in tensors.items() if suffix.startswith(f"{name}.")
+    }
+
+
+def whole(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return a child's tensors by their suffixes in its parent: the inverse of `part`."""
+    return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+
+def _decode_packed(tensors: dict[str, Tensor], spec: Packed, dtype: torch.dtype) -> Tensor:
     if spec.storage == dense.NAME:
         return dense.decode(tensors, dtype)
     if spec.storage == int8.NAME:

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from pressd.compress.recipe import KEEP, Recipe, Rule
-from pressd.runtime.artifact.families import EMBED, LM_HEAD, Block, FusedGroup, ModelMap
+from pressd.runtime.artifact.families import EMBED, LM_HEAD, Block, FusedGroup, ModelMap, describe
+from pressd.runtime.artifact.quantization import check_group
 from pressd.runtime.artifact.reader import Checkpoint
-from pressd.runtime.artifact.schemes import CASTS, KNOWN, LinearSpec, parse_scheme
+from pressd.runtime.artifact.schemes import CASTS, parse_scheme
+from pressd.runtime.artifact.specs import LinearSpec, Packed
+from pressd.runtime.models import decoder_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +24,7 @@ class GroupPlan:
     @property
     def is_pressed(self) -> bool:
         """Whether the group is stored as anything but dense weights."""
-        return any(spec.storage != "dense" for spec in self.specs.values())
+        return not all(spec.is_dense for spec in self.specs.values())
 
     def stored_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of everything stored for this group."""
@@ -38,11 +41,15 @@ class BlockPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to do with every tensor of the source. `dtype` is that of scales and of everything that stays dense."""
+    """What to do with every tensor of the source. `dtype` is that of scales and of everything that stays dense.
+
+    `unties` says that the source's head is its embedding and that the two are stored apart.
+    """
 
     model: ModelMap
     dtype: torch.dtype
     blocks: tuple[BlockPlan, ...]
+    unties: bool = False
 
     def groups(self) -> tuple[GroupPlan, ...]:
         """Every fused group, in file order."""
@@ -52,27 +59,43 @@ class Plan:
 def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
     """Decide what becomes of every tensor, from names and shapes alone.
 
-    Raises ValueError for a source that is pressed already, an unknown scheme, a rule that decides nothing, groups that
-    do not divide a weight, and two precisions in one artifact.
+    Raises ValueError for a source that is pressed already or that the engine cannot compute, an unknown scheme, a rule
+    that decides nothing, groups that do not divide a weight, and two precisions in one artifact.
     """
     if source.config.get("quantization_config") is not None:
         raise ValueError(f"{source.path} is pressed already; press the dense checkpoint it was made from")
-    decisions = _decide(source.model, recipe)
+    decoder_config(source)  # refuses what could be pressed but never served
+    for rule in recipe.rules:
+        if rule.scheme != KEEP:
+            _check_scheme(rule)
+    model = _untied(source, recipe)
+    decisions = _decide(model, recipe)
     dtype = _dense_dtype(source.torch_dtype, [rule.scheme for rule in decisions.values()])
     # Where the rest is cast, a group that no rule names is cast with it: that is not "keep".
     default = KEEP if dtype == source.torch_dtype else next(name for name, cast in CASTS.items() if cast == dtype)
     blocks = tuple(
         BlockPlan(block=block, groups=tuple(_plan_group(group, decisions, default, dtype) for group in block.groups))
-        for block in source.model.blocks
+        for block in model.blocks
     )
-    return Plan(model=source.model, dtype=dtype, blocks=blocks)
+    return Plan(model=model, dtype=dtype, blocks=blocks, unties=source.model.tied and not model.tied)
+
+
+def _untied(source: Checkpoint, recipe: Recipe) -> ModelMap:
+    """The map of what will be stored: a tied head becomes a group of its own if the recipe treats it otherwise."""
+    if not source.model.tied:
+        return source.model
+    chosen = {
+        rule.pattern: KEEP if rule.scheme == KEEP or parse_scheme(rule.scheme).is_dense else rule.scheme
+        for rule in recipe.rules
+        if rule.pattern in (EMBED, LM_HEAD)
+    }
+    if chosen.get(LM_HEAD) in (None, chosen.get(EMBED, KEEP)):
+        return source.model
+    return describe(source.config | {"tie_word_embeddings": False})
 
 
 def _decide(model: ModelMap, recipe: Recipe) -> dict[str, Rule]:
     """Return the rule of each group that has one."""
-    for rule in recipe.rules:
-        if rule.scheme != KEEP:
-            _check_scheme(rule)
     decisions: dict[str, Rule] = {}
     for group in model.groups():
         matching = [rule for rule in recipe.rules if rule.matches(group)]
@@ -89,18 +112,15 @@ def _decide(model: ModelMap, recipe: Recipe) -> dict[str, Rule]:
 
 def _check_scheme(rule: Rule) -> None:
     try:
-        scheme = parse_scheme(rule.scheme)
-    except ValueError:
-        raise ValueError(
-            f"recipe: scheme.{rule.pattern!r}: {rule.scheme!r} is not known; known: {KNOWN}, {KEEP}"
-        ) from None
-    if rule.pattern in (EMBED, LM_HEAD) and scheme.storage != "dense":
-        raise ValueError(f"recipe: scheme.{rule.pattern!r}: {rule.pattern} can only be kept dense now; write {KEEP!r}")
+        check_group(rule.pattern, parse_scheme(rule.scheme))
+    except ValueError as error:
+        raise ValueError(f"recipe: scheme.{rule.pattern!r}: {error}, or {KEEP}") from None
 
 
 def _dense_dtype(source: torch.dtype, schemes: list[str]) -> torch.dtype:
     """The one precision of scales and dense tensors: loaders read a whole model in one."""
-    wanted = {CASTS[name] for name in schemes if name in CASTS} | ({source} if KEEP in schemes else set())
+    casts = {parse_scheme(name).cast for name in schemes if name != KEEP}
+    wanted = {dtype for dtype in casts if dtype is not None} | ({source} if KEEP in schemes else set())
     if len(wanted) > 1:
         names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in wanted))
         raise ValueError(f"recipe: dense tensors would be {names}; an artifact has one precision for all of them")
@@ -110,10 +130,10 @@ def _dense_dtype(source: torch.dtype, schemes: list[str]) -> torch.dtype:
 def _plan_group(group: FusedGroup, decisions: dict[str, Rule], default: str, dtype: torch.dtype) -> GroupPlan:
     rule = decisions.get(group.name)
     name = default if rule is None else rule.scheme
-    specs = {}
+    specs: dict[str, LinearSpec] = {}
     for member in group.members:
         if name == KEEP:
-            specs[member.prefix] = LinearSpec.dense(member.shape, dtype)
+            specs[member.prefix] = Packed.dense(member.shape, dtype)
             continue
         try:
             specs[member.prefix] = parse_scheme(name).spec(member.shape)

@@ -1,6 +1,7 @@
-"""Says a plan in config.json's words, so that transformers and vLLM load the artifact unchanged.
+"""Says a plan in config.json's words, so that transformers and vLLM load the artifact unchanged, or refuse it.
 
-compressed-tensors' `quantization_config`: one config group per scheme, linears that stay dense in `ignore`.
+compressed-tensors' `quantization_config` where it has the words: one config group per scheme, linears that stay dense
+in `ignore`. Otherwise our own (runtime/artifact/own_config.py).
 """
 
 import re
@@ -8,15 +9,20 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from pressd.compress.plan import GroupPlan, Plan
-from pressd.runtime.artifact.families import LM_HEAD, ModelMap
+from pressd.runtime.artifact.families import EMBED, LM_HEAD, ModelMap
+from pressd.runtime.artifact.own_config import hide
 from pressd.runtime.artifact.quantization import FORMATS, MIXED
-from pressd.runtime.artifact.schemes import LinearSpec
+from pressd.runtime.artifact.specs import Packed
 
 
 def artifact_config(source: dict[str, object], plan: Plan) -> dict[str, object]:
     """Return config.json of the artifact: the source's, with its precision and how its linears are stored."""
     key = "torch_dtype" if "torch_dtype" in source and "dtype" not in source else "dtype"
     config = source | {key: str(plan.dtype).removeprefix("torch.")}
+    if plan.unties:
+        config["tie_word_embeddings"] = False
+    if needs_own_format(plan):
+        return hide(config, {group.group.name: group.scheme for group in plan.groups() if group.is_pressed})
     pressed: dict[str, list[GroupPlan]] = defaultdict(list)
     for group in plan.groups():
         if group.is_pressed:
@@ -26,10 +32,35 @@ def artifact_config(source: dict[str, object], plan: Plan) -> dict[str, object]:
     return config
 
 
+def needs_own_format(plan: Plan) -> bool:
+    """Whether other tools have no words for something in the plan.
+
+    Low rank, masks and sums. And pressed embeddings: compressed-tensors 0.20 can describe one, but transformers 5.24
+    fails at the first forward, and initialises a tied head at random.
+    """
+    return any(
+        group.is_pressed and (group.group.name == EMBED or not isinstance(spec, Packed))
+        for group in plan.groups()
+        for spec in group.specs.values()
+    )
+
+
+def readers(plan: Plan) -> dict[str, str]:
+    """Return which tools load the artifact; only what has been loaded there is called native."""
+    if needs_own_format(plan):
+        return {
+            "pressd": "native",
+            "transformers": "refuses; convert it to dense",
+            "vllm": "refuses; convert it to dense",
+        }
+    return {"pressd": "native", "transformers": "native", "vllm": "layout-checked"}
+
+
 def requirements(plan: Plan) -> dict[str, str]:
     """Return the oldest versions of other tools that read this artifact."""
-    bits = {spec.bits for group in plan.groups() if group.is_pressed for spec in group.specs.values()}
-    if not bits:
+    leaves = (leaf for group in plan.groups() for spec in group.specs.values() for _, leaf in spec.leaves())
+    bits = {leaf.bits for leaf in leaves if not leaf.is_dense}
+    if not bits or needs_own_format(plan):
         return {}
     # Until 0.17 the widths that do not divide 32 were stored otherwise, under the same name.
     return {"compressed-tensors": ">=0.18" if bits - {2, 4, 8} else ">=0.15"}
@@ -37,13 +68,11 @@ def requirements(plan: Plan) -> dict[str, str]:
 
 def _quantization_config(plan: Plan, pressed: dict[str, list[GroupPlan]]) -> dict[str, object]:
     dense = [
-        name
-        for group in plan.groups()
-        if not group.is_pressed
-        for name in group.specs
-        if name.startswith("model.layers.")
+        name for group in plan.groups() if not group.is_pressed and group.group.name != EMBED for name in group.specs
     ]
-    everywhere = len(pressed) == 1 and not dense
+    if plan.model.tied:
+        dense.append(LM_HEAD)  # there is a module of this name, though no tensor
+    everywhere = len(pressed) == 1 and set(dense) <= {LM_HEAD}
     groups = {
         f"group_{index}": _config_group(members, ["Linear"] if everywhere else _patterns(plan.model, members))
         for index, members in enumerate(pressed.values())
@@ -54,23 +83,23 @@ def _quantization_config(plan: Plan, pressed: dict[str, list[GroupPlan]]) -> dic
         "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
-        # A tied model has a module of this name too, though no tensor.
-        "ignore": [LM_HEAD, *_name_patterns(plan.model, dense)],
+        "ignore": _name_patterns(plan.model, dense),
     }
 
 
 def _config_group(groups: list[GroupPlan], targets: list[str]) -> dict[str, object]:
     spec = next(iter(groups[0].specs.values()))
+    assert isinstance(spec, Packed)
     return {
         "targets": targets,
         "format": FORMATS[spec.storage],
         "weights": _weights(spec),
-        "input_activations": _int8_per_token() if spec.activation_bits == 8 else None,
+        "input_activations": _int8_activations(spec) if spec.activation_bits == 8 else None,
         "output_activations": None,
     }
 
 
-def _weights(spec: LinearSpec) -> dict[str, object]:
+def _weights(spec: Packed) -> dict[str, object]:
     return {
         "num_bits": spec.bits,
         "type": "int",
@@ -81,8 +110,11 @@ def _weights(spec: LinearSpec) -> dict[str, object]:
     }
 
 
-def _int8_per_token() -> dict[str, object]:
-    return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+def _int8_activations(spec: Packed) -> dict[str, object]:
+    grouping: dict[str, object] = (
+        {"strategy": "token"} if spec.group_size is None else {"strategy": "group", "group_size": spec.group_size}
+    )
+    return {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True} | grouping
 
 
 def _patterns(model: ModelMap, groups: list[GroupPlan]) -> list[str]:
@@ -90,19 +122,22 @@ def _patterns(model: ModelMap, groups: list[GroupPlan]) -> list[str]:
 
 
 def _name_patterns(model: ModelMap, names: Iterable[str]) -> list[str]:
-    """Return few `re:` targets that match exactly these linears of the decoder's layers.
+    """Return few targets that match exactly these linears.
 
-    Linears that are meant in the same layers share a pattern.
+    Those of the decoder's layers are `re:` patterns; linears that are meant in the same layers share one.
     """
     layers_of: dict[str, list[str]] = defaultdict(list)
+    patterns: list[str] = []
     for name in names:
+        if not name.startswith("model.layers."):
+            patterns.append(name)
+            continue
         layer, _, role = name.removeprefix("model.layers.").partition(".")
         layers_of[role].append(layer)
     roles_of: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for role, numbers_of_role in layers_of.items():
         roles_of[tuple(numbers_of_role)].append(re.escape(role))
     num_layers = sum(block.name.startswith("layers.") for block in model.blocks)
-    patterns = []
     for layers, alternatives in roles_of.items():
         numbers = r"\d+" if len(layers) == num_layers else f"({'|'.join(layers)})"
         patterns.append(rf"re:model\.layers\.{numbers}\.({'|'.join(alternatives)})$")

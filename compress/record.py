@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from pressd.compress.plan import Plan
-from pressd.compress.quantization_config import requirements
+from pressd.compress.quantization_config import readers, requirements
 from pressd.compress.recipe import Recipe
 from pressd.runtime.artifact.directory import INDEX
 from pressd.runtime.artifact.manifest import (
@@ -43,8 +43,7 @@ def make_manifest(
         quality={},
         gates=recipe.gates,
         requires=requirements(plan),
-        # Only what has been loaded there is called native.
-        loads_in={"pressd": "native", "transformers": "native", "vllm": "layout-checked"},
+        loads_in=readers(plan),
     )
 
 

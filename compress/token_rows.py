@@ -9,6 +9,7 @@ from torch import Tensor
 from pressd.compress import corpus
 from pressd.compress.protocol import PROTOCOL, SPLIT
 from pressd.runtime.artifact.reader import Checkpoint
+from pressd.runtime.artifact.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +69,8 @@ def read_rows(data: str, tokenizer_of: Checkpoint, *, tokens: int, seq_len: int)
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> Any:
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.tokenizer_path, local_files_only=True)
+        return load_tokenizer(checkpoint.tokenizer_path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{checkpoint.path}: its tokenizer cannot be loaded ({reason})") from None

@@ -30,6 +30,7 @@ _DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.int8: "I8",
+    torch.uint8: "U8",
 }
 
 
@@ -51,11 +52,15 @@ class WeightsWriter:
     """The weight files of one directory, as a context manager: every planned tensor must be written once in it."""
 
     def __init__(self, directory: Path, units: list[list[PlannedTensor]], shard_bytes: int = SHARD_BYTES) -> None:
-        """Plan the files for `units` of tensors in the order of writing; the tensors of a unit share a file."""
+        """Plan the files for `units` of tensors in the order of writing; the tensors of a unit share a file.
+
+        `file_bytes` is the size that each file will have. Nothing is written before the context is entered.
+        """
         assert sys.byteorder == "little", "the file format is little-endian, and so must be what is written as it is"
         self._directory = directory
         self._shards = {file: _Shard(tensors) for file, tensors in _divide(units, shard_bytes).items()}
         self._file_of = {name: file for file, shard in self._shards.items() for name in shard.places}
+        self.file_bytes = {file: shard.num_bytes for file, shard in self._shards.items()}
         self._open: dict[str, BinaryIO] = {}
 
     def __enter__(self) -> "WeightsWriter":
@@ -118,6 +123,7 @@ class _Shard:
         for tensor in ordered:
             self.places[tensor.name] = (tensor, offset)
             offset += tensor.num_bytes
+        self.num_bytes = offset
 
 
 def _divide(units: list[list[PlannedTensor]], shard_bytes: int) -> dict[str, list[PlannedTensor]]:

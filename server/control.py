@@ -2,7 +2,8 @@
 
 import importlib.metadata
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 from google.protobuf.message import Message
@@ -13,6 +14,9 @@ from pressd.server.door import Door, Phase
 from pressd.server.fields import HONOURED
 from pressd.server.model_card import ModelCard
 from pressd.v1 import control_pb2, model_pb2, sampling_pb2
+
+if TYPE_CHECKING:
+    from pressd.runtime.artifact.schemes import Scheme
 
 SCHEMA_REVISION = 1
 
@@ -117,6 +121,26 @@ def _memory(info: EngineInfo) -> model_pb2.MemoryInfo:
     )
 
 
+def compression_methods(scheme: "Scheme", passes: str) -> Iterator[model_pb2.CompressionMethod]:
+    """Yield what a scheme does to a weight, in that order."""
+    method = model_pb2.CompressionMethod
+    if scheme.sparse24:
+        yield method(kind=model_pb2.COMPRESSION_KIND_SPARSITY_2_OF_4, name="magnitude", sparsity=0.5)
+    if scheme.rank is not None:
+        yield method(kind=model_pb2.COMPRESSION_KIND_LOW_RANK, name="svd", mean_rank=scheme.rank)
+    if scheme.bits < 16 or scheme.is_dense:
+        yield method(
+            kind=model_pb2.COMPRESSION_KIND_QUANTIZATION,
+            name=passes,
+            bits=scheme.bits,
+            group_size=scheme.group_size,
+            activation_bits=scheme.activation_bits,
+            symmetric=scheme.symmetric,
+        )
+    if scheme.residual_rank is not None:
+        yield method(kind=model_pb2.COMPRESSION_KIND_LOW_RANK, name="residual", mean_rank=scheme.residual_rank)
+
+
 def _compression(info: EngineInfo, card: ModelCard) -> model_pb2.CompressionInfo:
     compression = model_pb2.CompressionInfo(
         dense_bytes=info.dense_bytes,
@@ -133,16 +157,7 @@ def _compression(info: EngineInfo, card: ModelCard) -> model_pb2.CompressionInfo
         ],
     )
     for scheme in card.schemes:
-        compression.methods.append(
-            model_pb2.CompressionMethod(
-                kind=model_pb2.COMPRESSION_KIND_QUANTIZATION,
-                name="+".join(card.passes),
-                bits=scheme.bits,
-                group_size=scheme.group_size,
-                activation_bits=scheme.activation_bits,
-                symmetric=scheme.symmetric,
-            )
-        )
+        compression.methods.extend(compression_methods(scheme, "+".join(card.passes)))
     if card.manifest is not None:
         manifest = card.manifest
         compression.artifact_bytes = manifest.totals.bytes

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from tokenizers import Tokenizer
 
+from pressd.runtime.artifact.tokenizer import load_tokenizer
 from pressd.server.asked import Message
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ class Text:
         """
         if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
             return None
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            tokenizer = load_tokenizer(path)
         except Exception as error:  # the tokenizers library raises nothing more particular for a broken file
             raise ValueError(f"{path}: its tokenizer cannot be loaded: {error}") from None
         if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from pressd.compress.rows import row_slices
-from pressd.runtime.artifact.schemes import LinearSpec
+from pressd.runtime.artifact.specs import Packed
 from pressd.runtime.kernels.integer_codes import quantize
 
 
-def round_to_nearest(weight: Tensor, spec: LinearSpec) -> tuple[Tensor, Tensor]:
+def round_to_nearest(weight: Tensor, spec: Packed) -> tuple[Tensor, Tensor]:
     """Return codes int8 [out, in] and scale [out, groups] of `weight` [out, in]."""
     pieces = [quantize(weight[rows], spec.bits, spec.group_size) for rows in row_slices(weight)]
     return torch.cat([codes for codes, _ in pieces]), torch.cat([scale for _, scale in pieces])

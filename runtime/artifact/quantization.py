@@ -1,4 +1,4 @@
-"""config.json's `quantization_config` in compressed-tensors' words: which scheme each linear was stored in.
+"""config.json's `quantization_config`, in compressed-tensors' words or our own: which scheme each linear is stored in.
 
 Only what the kernels compute exactly is accepted; a key that would change the numbers and is not known here is refused.
 """
@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pressd.runtime.artifact.errors import ArtifactError
+from pressd.runtime.artifact.families import EMBED, EMBED_PREFIX, ModelMap
+from pressd.runtime.artifact.own_config import MODEL_TYPE
 from pressd.runtime.artifact.schemes import GROUP_SIZES, Scheme, parse_scheme
 
 FORMATS = {"packed_int": "pack-quantized", "int8": "int-quantized"}
@@ -31,25 +33,29 @@ class StoredSchemes:
     def scheme_of(self, linear: str) -> Scheme | None:
         """Return the scheme of the linear called `linear`, None if it is dense.
 
-        Exact names win over patterns, patterns over the class name `Linear` (compressed-tensors, `match_targets`).
+        Exact names win over patterns, patterns over the class name `Linear` (compressed-tensors, `match_targets`),
+        which the embedding is not.
         """
+        if linear == EMBED_PREFIX:
+            return next((scheme for target, scheme in self.targets if target == linear), None)
         if any(_matches(linear, target) for target in self.ignore):
             return None
         by_rank = sorted(self.targets, key=lambda item: (item[0] == "Linear", "re:" in item[0], item[0]))
         return next((scheme for target, scheme in by_rank if _matches(linear, target)), None)
 
 
-def read_quantization(config: Mapping[str, object]) -> StoredSchemes:
+def read_quantization(config: Mapping[str, object], model: ModelMap) -> StoredSchemes:
     """Return what `quantization_config` says (without one: all dense); raises ArtifactError for the unknown."""
     raw = config.get("quantization_config")
     if raw is None:
         return StoredSchemes(targets=(), ignore=())
     where = "config.json: quantization_config"
     fields = _object(raw, where)
+    if fields.get("quant_method") == MODEL_TYPE:
+        return _own_schemes(_object(fields.get("schemes"), f"{where}.schemes"), f"{where}.schemes", model)
     if fields.get("quant_method") != "compressed-tensors":
-        raise ArtifactError(
-            f"{where}: quant_method {fields.get('quant_method')!r} is not known; known: compressed-tensors"
-        )
+        method = fields.get("quant_method")
+        raise ArtifactError(f"{where}: quant_method {method!r} is not known; known: compressed-tensors, {MODEL_TYPE}")
     if fields.get("quantization_status") != "compressed":
         status = fields.get("quantization_status")
         raise ArtifactError(f"{where}: quantization_status is {status!r}; only compressed weights are read")
@@ -65,6 +71,30 @@ def read_quantization(config: Mapping[str, object]) -> StoredSchemes:
     return StoredSchemes(targets=tuple(targets), ignore=_targets(fields.get("ignore") or [], f"{where}.ignore"))
 
 
+def _own_schemes(schemes: dict[str, object], at: str, model: ModelMap) -> StoredSchemes:
+    """Schemes by fused group, as our own artifacts say it where compressed-tensors has no words."""
+    groups = {group.name: group for group in model.groups()}
+    targets: list[tuple[str, Scheme]] = []
+    for name, text in schemes.items():
+        if name not in groups or not isinstance(text, str):
+            raise ArtifactError(f"{at}: {name!r}: {text!r} is not a scheme of a fused group of this model")
+        try:
+            scheme = parse_scheme(text)
+            check_group(name, scheme)
+        except ValueError as error:
+            raise ArtifactError(f"{at}: {name}: {error}") from None
+        targets += [(member.prefix, scheme) for member in groups[name].members]
+    return StoredSchemes(targets=tuple(targets), ignore=())
+
+
+def check_group(group: str, scheme: Scheme) -> None:
+    """Refuse a scheme that a fused group of this name cannot have; raises ValueError with the way out."""
+    if group == EMBED and (not scheme.is_plain or scheme.activation_bits != 16):
+        raise ValueError(
+            f"{scheme.name}: rows of an embedding are looked up, not multiplied; choose w8a16 or another a16"
+        )
+
+
 def _scheme(group: dict[str, object], outer_format: object, at: str) -> Scheme:
     weights = _object(group.get("weights"), f"{at}.weights")
     bits, size = weights.get("num_bits"), weights.get("group_size")
@@ -73,15 +103,18 @@ def _scheme(group: dict[str, object], outer_format: object, at: str) -> Scheme:
     if not _is_plain_integer(weights) or group.get("output_activations"):
         raise ArtifactError(f"{at}: only symmetric static integer weights without outputs' quantisation are supported")
     if strategy == "group" and size in GROUP_SIZES:
-        name = f"w{bits}a16g{size}"
+        grouping = f"g{size}"
     elif strategy == "channel" and size in (None, -1):
-        name = f"w{bits}a16"
+        grouping = ""
     else:
         raise ArtifactError(f"{at}: strategy {strategy!r} with group_size {size!r} is not supported")
-    if inputs is not None:
-        if name != "w8a16" or not _is_dynamic_int8(_object(inputs, f"{at}.input_activations")):
-            raise ArtifactError(f"{at}: quantised activations are supported as w8a8 (int8, dynamic per token) only")
-        name = "w8a8"
+    if inputs is not None and not _is_dynamic_int8(
+        _object(inputs, f"{at}.input_activations"), size if grouping else None
+    ):
+        raise ArtifactError(
+            f"{at}: quantised activations are supported as int8, dynamic, per token or in the weights' groups only"
+        )
+    name = f"w{bits}a{16 if inputs is None else 8}{grouping}"
     try:
         scheme = parse_scheme(name)
     except ValueError as error:
@@ -102,8 +135,10 @@ def _is_plain_integer(args: dict[str, object]) -> bool:
     )
 
 
-def _is_dynamic_int8(args: dict[str, object]) -> bool:
-    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+def _is_dynamic_int8(args: dict[str, object], group_size: object) -> bool:
+    """Whether activations are rounded as kernels do it: by their maximum per token and, if any, weights' group."""
+    wanted: dict[str, object] = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True}
+    wanted |= {"strategy": "token"} if group_size is None else {"strategy": "group", "group_size": group_size}
     return all(args.get(key) == value for key, value in wanted.items()) and all(
         value is None for key, value in args.items() if key not in wanted and key not in _INERT
     )

@@ -5,7 +5,6 @@ what config.json announces. Tensors are then mapped by the safetensors library; 
 """
 
 import hashlib
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,18 +14,18 @@ from torch import Tensor
 
 from pressd.runtime.artifact.directory import Shards, find_shards, read_config
 from pressd.runtime.artifact.errors import ArtifactError
+from pressd.runtime.artifact.expected import FLOATS, check_tensors, linear_specs
 from pressd.runtime.artifact.families import EMBED_PREFIX, LM_HEAD, ModelMap, describe
-from pressd.runtime.artifact.header import TensorEntry
 from pressd.runtime.artifact.manifest import Manifest, digest_file, read_manifest
-from pressd.runtime.artifact.quantization import StoredSchemes, read_quantization
-from pressd.runtime.artifact.schemes import LinearSpec
+from pressd.runtime.artifact.own_config import restore
+from pressd.runtime.artifact.quantization import read_quantization
+from pressd.runtime.artifact.specs import LinearSpec
+from pressd.runtime.kernels.mask import format as mask
 
 __all__ = ["ArtifactError", "Checkpoint", "LinearSpec"]
 
 # Above this, hashing every byte would dominate the start of a server; `pressd verify --full` does it at any size.
 HASH_BELOW_BYTES = 256 << 20
-FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-_TYPES = FLOATS | {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 
 
 class Checkpoint:
@@ -56,7 +55,7 @@ class Checkpoint:
     def open(cls, path: str | Path) -> "Checkpoint":
         """Check the directory and return it; raises ArtifactError with one line that says what is wrong."""
         path = Path(path)
-        config = read_config(path)
+        config = restore(read_config(path))
         manifest = read_manifest(path)
         if manifest is not None:
             _check_sizes(path, manifest)
@@ -67,9 +66,8 @@ class Checkpoint:
         if model.tied:
             shards = _without_tied_copy(path, shards)
         dtype = _dtype(config, shards)
-        specs = _linear_specs(model, read_quantization(config), dtype)
-        _check_tensors(shards, _expected(model, specs), model)
-        _check_packed_shapes(path, shards, specs)
+        specs = linear_specs(model, read_quantization(config, model), dtype)
+        check_tensors(path, shards, specs, model)
         checkpoint = cls(
             path=path, config=config, manifest=manifest, shards=shards, model=model, dtype=dtype, specs=specs
         )
@@ -114,7 +112,9 @@ class Checkpoint:
         return frozenset(self._shards.entries)
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor as it is stored, without copying it from the page cache."""
+        """Return a tensor as it is stored, without copying it from the page cache; `lm_head` may be the embedding."""
+        prefix, _, suffix = name.rpartition(".")
+        name = f"{self._untied(prefix)}.{suffix}"
         shard = self._shards.file_of[name]
         if shard not in self._open:
             self._open[shard] = safe_open(self.path / shard, framework="pt", device="cpu")
@@ -128,15 +128,18 @@ class Checkpoint:
     def linear_tensors(self, prefix: str) -> dict[str, Tensor]:
         """Return the stored tensors of the weight at `prefix` by suffix.
 
-        Raises ArtifactError if a scale is not finite.
+        Raises ArtifactError if a scale is not finite or a mask does not keep two of every four.
         """
         prefix = self._untied(prefix)
-        suffixes = self._specs[prefix].layout(self.torch_dtype)
-        tensors = {suffix: self.tensor(f"{prefix}.{suffix}") for suffix in suffixes}
-        scale = tensors.get("weight_scale")
-        if scale is not None and not bool(torch.isfinite(scale).all()):
-            file = self._shards.file_of[f"{prefix}.weight_scale"]
-            raise ArtifactError(f"{file}: {prefix}.weight_scale holds NaN or infinity; press the source again")
+        spec = self._specs[prefix]
+        tensors = {suffix: self.tensor(f"{prefix}.{suffix}") for suffix in spec.layout(self.torch_dtype)}
+        for suffix, tensor in tensors.items():
+            where = f"{prefix}.{suffix}"
+            file = self._shards.file_of[where]
+            if suffix.endswith("weight_scale") and not bool(torch.isfinite(tensor).all()):
+                raise ArtifactError(f"{file}: {where} holds NaN or infinity; press the source again")
+            if suffix.endswith("mask") and not mask.is_two_of_four(tensor, spec.in_features):
+                raise ArtifactError(f"{file}: {where} does not keep two of every four; press the source again")
         return tensors
 
     def verify(self, *, full: bool) -> None:
@@ -207,65 +210,3 @@ def _digest(path: Path, shards: Shards, name: str) -> str:
             file.seek(start)
             digest.update(file.read(min(1 << 20, entry.end - start)))
     return digest.hexdigest()
-
-
-def _linear_specs(model: ModelMap, stored: StoredSchemes, dtype: torch.dtype) -> dict[str, LinearSpec]:
-    specs = {}
-    for linear in model.linears():
-        scheme = None if linear.prefix == EMBED_PREFIX else stored.scheme_of(linear.prefix)
-        try:
-            specs[linear.prefix] = scheme.spec(linear.shape) if scheme else LinearSpec.dense(linear.shape, dtype)
-        except ValueError as error:
-            raise ArtifactError(f"config.json: {linear.prefix}: {error}") from None
-    return specs
-
-
-def _expected(model: ModelMap, specs: dict[str, LinearSpec]) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
-    """Every tensor the model must have with its shape and type; None for any floating-point type."""
-    expected: dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
-    expected = {name: (None, shape) for name, shape in model.others().items()}
-    for prefix, spec in specs.items():
-        # Dense weights and scales may have any floating-point type: asked with float64, the layout shows which they are
-        for suffix, (dtype, shape) in spec.layout(torch.float64).items():
-            expected[f"{prefix}.{suffix}"] = (None if dtype == torch.float64 else dtype, shape)
-    return expected
-
-
-def _check_tensors(
-    shards: Shards, expected: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]], model: ModelMap
-) -> None:
-    missing = sorted(expected.keys() - shards.entries.keys())
-    if missing:
-        raise ArtifactError(f"tensor {missing[0]!r} is missing ({len(missing)} in all); the checkpoint is incomplete")
-    extra = sorted(shards.entries.keys() - expected.keys())
-    if extra:
-        where = f"{shards.file_of[extra[0]]}: tensor {extra[0]!r}"
-        raise ArtifactError(f"{where} is not one of this {model.architecture}'s as config.json describes it")
-    for name, (dtype, shape) in expected.items():
-        entry = shards.entries[name]
-        where = f"{shards.file_of[name]}: tensor {name!r}"
-        if entry.shape != shape:
-            raise ArtifactError(f"{where} has shape {list(entry.shape)}, config.json asks for {list(shape)}")
-        matches = entry.dtype in FLOATS if dtype is None else _TYPES.get(entry.dtype) == dtype
-        if not matches:
-            raise ArtifactError(f"{where} is {entry.dtype}, config.json asks for {dtype or 'a floating-point type'}")
-
-
-def _check_packed_shapes(path: Path, shards: Shards, specs: Mapping[str, LinearSpec]) -> None:
-    """A packed weight also stores its shape as two numbers: they must say the same as config.json."""
-    for prefix, spec in specs.items():
-        name = f"{prefix}.weight_shape"
-        if name in shards.entries:
-            stored = _int64_pair(path / shards.file_of[name], shards.entries[name])
-            if stored != (spec.out_features, spec.in_features):
-                wanted = [spec.out_features, spec.in_features]
-                raise ArtifactError(
-                    f"{shards.file_of[name]}: {name!r} says {list(stored)}, config.json asks for {wanted}"
-                )
-
-
-def _int64_pair(path: Path, entry: TensorEntry) -> tuple[int, int]:
-    with path.open("rb") as file:
-        file.seek(entry.start)
-        first, second = struct.unpack("<qq", file.read(16))
-    return first, second

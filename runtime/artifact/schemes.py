@@ -1,64 +1,38 @@
-"""What a scheme's name means, and how one linear is stored.
+"""What a scheme's name means.
 
-Grammar: `bf16 | fp16 | w8a8 | w{2..8}a16[g32|g64|g128]`. A8 is int8 activations, symmetric, dynamic per token.
+    [sparse24:|lowrank{r}:] (bf16 | fp16 | w8a8 | w{2..8}a{16|8}[g{32|64|128}]) [+residual{r}]
+
+A8 is int8 activations, symmetric, dynamic: per token, and per group where the weight has groups. `sparse24` keeps two
+of every four weights, `lowrank` stores two thin factors in the scheme that follows, `+residual` adds dense factors of
+rank r that correct what the rest lost.
 """
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from pressd.runtime.artifact.specs import Chain, LinearSpec, Masked, Packed, Sum
 from pressd.runtime.kernels.dense import format as dense
 from pressd.runtime.kernels.int8 import format as int8
 from pressd.runtime.kernels.packed_int import format as packed_int
 
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
-LAYOUTS: dict[str, Callable[[int, int, int, int | None, torch.dtype], Layout]] = {
-    module.NAME: module.layout for module in (dense, int8, packed_int)
-}
 CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GROUP_SIZES = (32, 64, 128)
-KNOWN = f"bf16, fp16, w8a8, w{{2..8}}a16, w{{2..8}}a16g{{{'|'.join(map(str, GROUP_SIZES))}}}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinearSpec:
-    """How one linear's weight [out, in] is stored; group_size None is one scale per row (or no scale: dense)."""
-
-    storage: str
-    bits: int
-    group_size: int | None
-    activation_bits: int
-    out_features: int
-    in_features: int
-
-    @classmethod
-    def dense(cls, shape: tuple[int, int], dtype: torch.dtype) -> "LinearSpec":
-        """Return the spec of a weight [out, in] stored as it is."""
-        return cls(
-            storage=dense.NAME,
-            bits=8 * dtype.itemsize,
-            group_size=None,
-            activation_bits=16,
-            out_features=shape[0],
-            in_features=shape[1],
-        )
-
-    def layout(self, dtype: torch.dtype) -> Layout:
-        """Return type and shape of each stored tensor by suffix; `dtype` is the weight's if dense, else the scale's."""
-        return LAYOUTS[self.storage](self.out_features, self.in_features, self.bits, self.group_size, dtype)
-
-    def stored_bytes(self, dtype: torch.dtype) -> int:
-        """Return the bytes of every stored tensor of this linear."""
-        return sum(math.prod(shape) * kind.itemsize for kind, shape in self.layout(dtype).values())
+_GROUP = f"[g{'|g'.join(map(str, GROUP_SIZES))}]"
+KNOWN = f"bf16, fp16, w8a8, w{{2..8}}a{{16|8}}{_GROUP}, sparse24:SCHEME, lowrank{{r}}:SCHEME, SCHEME+residual{{r}}"
+_RANK = r"[1-9]\d{0,4}"
+_NAME = re.compile(
+    rf"(?:(?P<sparse>sparse24):|lowrank(?P<rank>{_RANK}):)?(?P<weights>[a-z0-9]+)(?:\+residual(?P<residual>{_RANK}))?",
+    re.ASCII,
+)
+_INTEGERS = re.compile(r"w([2-8])a(16|8)(?:g([1-9]\d{0,3}))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """How a weight is to be stored and multiplied, for any shape."""
+    """How a weight is to be stored and multiplied, for any shape; ranks None are for what it has not."""
 
     name: str
     storage: str
@@ -66,18 +40,62 @@ class Scheme:
     group_size: int | None
     activation_bits: int
     symmetric: bool = True
+    sparse24: bool = False
+    rank: int | None = None
+    residual_rank: int | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether one stored weight is all there is: what other tools have words for."""
+        return not self.sparse24 and self.rank is None and self.residual_rank is None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the weight is stored as it is, only cast."""
+        return self.is_plain and self.storage == dense.NAME
+
+    @property
+    def cast(self) -> torch.dtype | None:
+        """The precision that dense weights of this scheme are stored in, None if it has none of its own."""
+        return next((dtype for word, dtype in CASTS.items() if _words(self.name)["weights"] == word), None)
 
     def spec(self, shape: tuple[int, int]) -> LinearSpec:
         """Return this scheme for a weight [out, in].
 
-        Raises ValueError if the groups do not divide in_features.
+        Raises ValueError if groups do not divide the inputs, or a rank is not below both sides.
         """
+        base = self._base(shape)
+        if self.residual_rank is None:
+            return base
+        return Sum(base=base, residual=self._chain(shape, self.residual_rank, "residual", in_groups=False))
+
+    def bits_per_weight(self, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> float:
+        """Return the stored bits, scales included, over the weights of [out, in]; `dtype` as in a spec's layout."""
+        return 8 * self.spec(shape).stored_bytes(dtype) / math.prod(shape)
+
+    def _base(self, shape: tuple[int, int]) -> Packed | Masked | Chain:
+        if self.rank is not None:
+            return self._chain(shape, self.rank, "lowrank", in_groups=True)
+        if not self.sparse24:
+            return self._packed(shape)
+        out_features, in_features = shape
+        if in_features % 4:
+            raise ValueError(f"{self.name}: in_features {in_features} is not a multiple of 4")
+        return Masked(values=self._packed((out_features, in_features // 2)))
+
+    def _chain(self, shape: tuple[int, int], rank: int, word: str, *, in_groups: bool) -> Chain:
+        if rank >= min(shape):
+            raise ValueError(f"{self.name}: {word} {rank} is not below both sides of {shape[0]} x {shape[1]}")
+        factors = (shape[0], rank), (rank, shape[1])
+        a, b = map(self._packed if in_groups else _dense, factors)
+        return Chain(a=a, b=b)
+
+    def _packed(self, shape: tuple[int, int]) -> Packed:
         out_features, in_features = shape
         if self.group_size is not None and in_features % self.group_size:
-            raise ValueError(
-                f"{self.name}: in_features {in_features} is not a multiple of group size {self.group_size}"
-            )
-        return LinearSpec(
+            what = "in_features" if self.is_plain else "stored columns"
+            raise ValueError(f"{self.name}: {what} {in_features} is not a multiple of group size {self.group_size}")
+        return Packed(
             storage=self.storage,
             bits=self.bits,
             group_size=self.group_size,
@@ -86,19 +104,45 @@ class Scheme:
             in_features=in_features,
         )
 
-    def bits_per_weight(self, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> float:
-        """Return the stored bits, scales included, over the weights of [out, in]; `dtype` as in LinearSpec.layout."""
-        return 8 * self.spec(shape).stored_bytes(dtype) / math.prod(shape)
-
 
 def parse_scheme(text: str) -> Scheme:
     """Return the scheme that `text` names; raises ValueError saying which names are known."""
-    if text in CASTS:
-        return Scheme(name=text, storage=dense.NAME, bits=16, group_size=None, activation_bits=16)
-    if text == "w8a8":
-        return Scheme(name=text, storage=int8.NAME, bits=8, group_size=None, activation_bits=8)
-    match = re.fullmatch(r"w([2-8])a16(?:g([1-9]\d{0,3}))?", text, re.ASCII)
-    group_size = int(match[2]) if match and match[2] else None
-    if match is None or group_size not in (None, *GROUP_SIZES):
+    words = _words(text)
+    weights = words["weights"] or ""
+    sparse24 = words["sparse"] is not None
+    rank, residual_rank = (None if words[name] is None else int(words[name] or 0) for name in ("rank", "residual"))
+    integers = _INTEGERS.fullmatch(weights)
+    if weights in CASTS:
+        if residual_rank is not None and rank is None and not sparse24:
+            raise ValueError(f"scheme {text!r}: {weights} loses nothing that a residual could correct; write {weights}")
+        storage, bits, group_size, activation_bits = dense.NAME, 16, None, 16
+    elif integers is not None and (integers[3] is None or int(integers[3]) in GROUP_SIZES):
+        bits, activation_bits = int(integers[1]), int(integers[2])
+        group_size = None if integers[3] is None else int(integers[3])
+        is_int8 = (bits, activation_bits, group_size) == (8, 8, None)
+        storage = int8.NAME if is_int8 else packed_int.NAME
+    else:
         raise ValueError(f"scheme {text!r} is not known; choose one of {KNOWN}")
-    return Scheme(name=text, storage=packed_int.NAME, bits=int(match[1]), group_size=group_size, activation_bits=16)
+    if sparse24 and activation_bits != 16:
+        raise ValueError(f"scheme {text!r}: sparse24 weights meet 16-bit activations only; write a16")
+    return Scheme(
+        name=text,
+        storage=storage,
+        bits=bits,
+        group_size=group_size,
+        activation_bits=activation_bits,
+        sparse24=sparse24,
+        rank=rank,
+        residual_rank=residual_rank,
+    )
+
+
+def _words(text: str) -> dict[str, str | None]:
+    match = _NAME.fullmatch(text)
+    if match is None:
+        raise ValueError(f"scheme {text!r} is not known; choose one of {KNOWN}")
+    return match.groupdict()
+
+
+def _dense(shape: tuple[int, int]) -> Packed:
+    return Packed.dense(shape, torch.bfloat16)

@@ -16,7 +16,11 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearProblem:
-    """One (possibly fused) linear layer: y[T, out] = x[T, in] @ W[out, in]^T, computed in `dtype`."""
+    """One (possibly fused) linear layer: y[T, out] = x[T, in] @ W[out, in]^T, computed in `dtype`.
+
+    With `activation_bits` 8, x is rounded to int8 first, by its own maximum per row and per group of `group_size`
+    columns (None: the whole row).
+    """
 
     storage: str
     bits: int
@@ -52,7 +56,8 @@ class LinearKernel:
 
     `why_not(problem, device)` is None when it can serve the problem. `pack(tensors, problem, device)` lays the stored
     tensors out once; what it returns is all the memory the layer keeps. `run(x, packed, problem)` maps [T, in] to
-    [T, out] in the problem's dtype, for any T including zero.
+    [T, out] in the problem's dtype, for any T including zero. `rows(ids, packed, problem)` decodes the rows of W at ids
+    int64 [T] to [T, in] in the problem's dtype, for embeddings; None where the packed layout has no way to its rows.
     """
 
     name: str
@@ -60,6 +65,7 @@ class LinearKernel:
     why_not: Callable[[LinearProblem, Device], str | None]
     pack: Callable[[Tensors, LinearProblem, Device], Tensors]
     run: Callable[[torch.Tensor, Tensors, LinearProblem], torch.Tensor]
+    rows: Callable[[torch.Tensor, Tensors, LinearProblem], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

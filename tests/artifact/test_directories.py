@@ -244,7 +244,12 @@ HOSTILE: list[tuple[str, str, Damage, str]] = [
     ),
     ("unknown group size", "pressed", quantization(config_groups__group_0__weights__group_size=33), "group_size 33"),
     ("other format", "pressed", quantization(config_groups__group_0__format="dense"), "format 'dense' is not 'pack-"),
-    ("activations", "pressed", quantization(config_groups__group_0__input_activations={"num_bits": 8}), "w8a8"),
+    (
+        "activations",
+        "pressed",
+        quantization(config_groups__group_0__input_activations={"num_bits": 8}),
+        "int8, dynamic",
+    ),
     (
         "group of nothing stored",
         "pressed",

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from pressd.compress import compress
 from pressd.runtime.artifact.manifest import read_manifest, write_manifest
-from pressd.runtime.artifact.reader import Checkpoint, LinearSpec
+from pressd.runtime.artifact.reader import Checkpoint
+from pressd.runtime.artifact.specs import Packed
 
 WEIGHTS = "model.safetensors"
 
@@ -33,7 +34,7 @@ def test_a_plain_directory_is_dense(tiny_llama: Path) -> None:
     assert checkpoint.torch_dtype == torch.float32
     assert checkpoint.dense_bytes == sum(tensor.numel() * 4 for tensor in tensors.values())
     assert checkpoint.artifact_bytes == (tiny_llama / WEIGHTS).stat().st_size
-    assert checkpoint.linear("model.layers.0.mlp.down_proj") == LinearSpec.dense((64, 160), torch.float32)
+    assert checkpoint.linear("model.layers.0.mlp.down_proj") == Packed.dense((64, 160), torch.float32)
     for name, tensor in tensors.items():
         assert torch.equal(checkpoint.tensor(name), tensor)
 
@@ -42,7 +43,7 @@ def test_the_head_of_a_tied_model_is_its_embedding(tiny_llama_tied: Path) -> Non
     checkpoint = Checkpoint.open(tiny_llama_tied)
     assert checkpoint.model.tied
     assert "lm_head.weight" not in checkpoint.names()
-    assert checkpoint.linear("lm_head") == LinearSpec.dense((97, 64), torch.float32)
+    assert checkpoint.linear("lm_head") == Packed.dense((97, 64), torch.float32)
     weight = checkpoint.linear_tensors("lm_head")["weight"]
     assert torch.equal(weight, checkpoint.tensor("model.embed_tokens.weight"))
 
@@ -122,7 +123,8 @@ def test_quality_does_not_change_the_id(tiny_llama: Path, tmp_path: Path) -> Non
     changed = read_manifest(out)
     assert changed is not None
     assert (changed.id, changed.quality) == (manifest.id, {"kl_mean": 0.25})
-    assert sorted(path.name for path in (out / "pressd").iterdir()) == ["journal.jsonl", "manifest.json", "recipe.toml"]
+    kept = ["journal.jsonl", "manifest.json", "recipe.toml", "report.json"]
+    assert sorted(path.name for path in (out / "pressd").iterdir()) == kept  # nothing temporary
     assert Checkpoint.open(out).artifact_id == manifest.id
 
 

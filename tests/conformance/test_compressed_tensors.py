@@ -11,12 +11,28 @@ from pressd.compress.encoding import decode
 from pressd.compress.recipe import parse_recipe
 from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.artifact.schemes import Scheme, parse_scheme
+from pressd.runtime.artifact.tokenizer import load_tokenizer
 from pressd.runtime.kernels.int8 import format as int8
 from pressd.runtime.kernels.integer_codes import quantize
 from pressd.runtime.kernels.packed_int import format as packed_int
 from pressd.runtime.models import load_decoder
 
-SCHEMES = ["w8a8", *(f"w{bits}a16g32" for bits in range(2, 9)), "w3a16", "w4a16", "w5a16", "w8a16"]
+SCHEMES = [
+    *("w8a8", "w4a8", "w4a8g32", "w3a8g32", "w8a8g32"),
+    *(f"w{bits}a16g32" for bits in range(2, 9)),
+    *("w2a16", "w3a16", "w4a16", "w5a16", "w8a16"),
+]
+# Schemes and recipes that compressed-tensors has no words for.
+OURS = [
+    '"qkv" = "sparse24:w4a16g32"\n"down" = "sparse24:w8a16"',
+    '"*" = "sparse24:bf16"',
+    '"*" = "lowrank16:w8a8"',
+    '"*" = "lowrank16:bf16"',
+    '"*" = "w2a16g32+residual8"',
+    '"embed" = "w8a16"',
+    '"*" = "w4a16g32"\n"embed" = "w4a16g32"\n"lm_head" = "w8a16"',
+    '"layers.1.down" = "w3a16g32+residual1"',
+]
 LAYER = "model.layers.1."
 PYLM = Path(__file__).parents[2] / "examples" / "pylm"
 
@@ -53,6 +69,9 @@ def test_transformers_loads_dense_artifacts(source: Path, scheme: str, dtype: to
         '"*" = "w4a16g32"\n"gate_up" = "w8a8"',  # two formats
         '"*" = "w3a16"\n"layers.1.*" = "keep"\n"layers.0.o" = "w8a8"',  # linears that stay dense
         '"layers.0.qkv" = "w6a16g32"',
+        '"lm_head" = "w8a16"',  # untied where the source ties it
+        '"*" = "w4a16g32"\n"lm_head" = "w4a16g32"',  # all there is
+        '"*" = "w4a8g32"\n"lm_head" = "w8a8"\n"layers.0.o" = "keep"',
     ],
 )
 def test_transformers_loads_mixed_schemes(source: Path, rules: str, tmp_path: Path) -> None:
@@ -85,18 +104,24 @@ def test_transformers_computes_the_same_logits(tiny_llama: Path, scheme: str, tm
     assert (decoder.full_logits(ids) - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
-def test_transformers_rounds_activations_alike(tiny_llama: Path, tmp_path: Path) -> None:
-    compress(tiny_llama, "w8a8", tmp_path / "out")
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a8g32"])
+def test_transformers_rounds_activations_alike(tiny_llama: Path, scheme: str, tmp_path: Path) -> None:
+    compress(tiny_llama, scheme, tmp_path / "out")
     checkpoint = Checkpoint.open(tmp_path / "out")
     model = _load(tmp_path / "out")
     model(torch.zeros(1, 2, dtype=torch.int64))
     prefix = f"{LAYER}mlp.down_proj"
-    # A row's largest value of 127.5 makes its scale 1, and no other value is near the middle between two codes: no
-    # rounding error moves a code. Two float32 sums of 160 products differ by at most 2 * 160 * 2^-24 * sum |product|.
+    # The largest value of a row, or of each group of 32, is 127.5: that makes its scale 1, and no other value is near
+    # the middle between two codes: no rounding error moves a code. Two float32 sums of 160 products differ by at most
+    # 2 * 160 * 2^-24 * sum |product|.
     x = torch.randint(-120, 120, (5, 160), generator=torch.Generator().manual_seed(3)) + 0.25
-    x[:, 7] = 127.5
+    x[:, 7::32] = 127.5
+    x[2, 64:96] /= 4  # a group with a scale of its own
+    step = torch.ones(5, 160)
+    step[2, 64:96] /= 4 if scheme.endswith("g32") else 1
     weight = decode(checkpoint.linear_tensors(prefix), checkpoint.linear(prefix), torch.float32)
-    ours = x.round().clamp(-128, 127) @ weight.T
+    rounded = (x / step).round().clamp(-128, 127) * step
+    ours = rounded @ weight.T
     theirs = model.get_submodule(prefix)(x)
     assert bool(((ours - theirs).abs() <= 160 * 2**-23 * (x.abs() @ weight.abs().T)).all())
 
@@ -112,11 +137,35 @@ def test_codes_and_scales_are_theirs(scheme: str, dtype: torch.dtype) -> None:
     assert torch.equal(scale, their_scale)
     # In float32, as their GPU kernel divides; on a CPU they divide in the weight's own type, and round twice.
     theirs = _their_tensors(weight.float(), their_scale, parsed)
-    ours = int8.encode(codes, scale) if scheme == "w8a8" else packed_int.encode(codes, scale, parsed.bits)
+    ours = int8.encode(codes, scale) if parsed.storage == "int8" else packed_int.encode(codes, scale, parsed.bits)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
         assert tensor.dtype == theirs[name].dtype, name
+
+
+@pytest.mark.parametrize("rules", OURS)
+def test_transformers_refuses_what_it_cannot_read(source: Path, rules: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    manifest = compress(source, parse_recipe(f"[scheme]\n{rules}\n", "recipe"), tmp_path / "out")
+    assert manifest.loads_in["transformers"].startswith("refuses")
+    for load in (_load, AutoConfig.from_pretrained):
+        with pytest.raises(ValueError, match="model type `pressd`"):
+            load(tmp_path / "out")
+    assert Checkpoint.open(tmp_path / "out").artifact_id == manifest.id
+
+
+def test_the_tokenizer_of_what_they_refuse_is_the_sources(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoTokenizer
+
+    compress(PYLM, "w8a16+residual1", tmp_path / "out")
+    capfd.readouterr()
+    ours, theirs = load_tokenizer(tmp_path / "out"), AutoTokenizer.from_pretrained(PYLM)
+    assert capfd.readouterr().err == ""  # no warning of a type that is not known
+    assert type(ours) is type(theirs)
+    text = "def é(x):\n\treturn x  # 漢"
+    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w3a16g32", "w4a16g32", "w4a16", "w8a16"])
@@ -125,8 +174,16 @@ def test_we_read_what_they_write(tiny_llama: Path, scheme: str, tmp_path: Path) 
     checkpoint = Checkpoint.open(tmp_path)
     spec = checkpoint.linear(f"{LAYER}mlp.down_proj")
     parsed = parse_scheme(scheme)
-    assert (spec.storage, spec.bits, spec.group_size) == (parsed.storage, parsed.bits, parsed.group_size)
+    assert spec == parsed.spec((64, 160))
     _assert_same_weights(checkpoint, _load(tmp_path))
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a8g32"])
+def test_four_bits_in_a_byte_each_are_refused(tiny_llama: Path, scheme: str, tmp_path: Path) -> None:
+    """Left to itself, compressed-tensors stores every weight that meets int8 activations as int8."""
+    _press_with_their_tools(tiny_llama, parse_scheme(scheme), tmp_path)
+    with pytest.raises(ValueError, match=rf"format 'int-quantized' is not 'pack-quantized', how {scheme} is stored"):
+        Checkpoint.open(tmp_path)
 
 
 def test_a_file_of_before_the_dense_stream_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
@@ -176,7 +233,10 @@ def _their_arguments(scheme: Scheme) -> Any:
 def _their_scheme(scheme: Scheme) -> Any:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    activations = QuantizationArgs(num_bits=8, type="int", strategy="token", dynamic=True)
+    strategy = "token" if scheme.group_size is None else "group"
+    activations = QuantizationArgs(
+        num_bits=8, type="int", strategy=strategy, group_size=scheme.group_size, dynamic=True
+    )
     return QuantizationScheme(
         targets=["Linear"],
         weights=_their_arguments(scheme),
@@ -195,7 +255,7 @@ def _their_scale(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 def _their_tensors(weight: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
     from compressed_tensors.compressors import BaseCompressor
 
-    name = "int-quantized" if scheme.activation_bits == 8 else "pack-quantized"
+    name = "int-quantized" if scheme.storage == "int8" else "pack-quantized"
     compressor = BaseCompressor.get_value_from_registry(name)
     return compressor.compress({"weight": weight, "weight_scale": scale}, _their_scheme(scheme))
 

@@ -10,6 +10,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from pressd.client import CallError, Client
+from pressd.runtime.artifact.schemes import parse_scheme
+from pressd.server.control import compression_methods
 from pressd.server.fields import HONOURED
 from pressd.v1 import control_pb2, control_pb2_grpc, model_pb2
 
@@ -137,3 +139,31 @@ def test_metrics_are_the_agreed_ones(client: Client, parrot: Any) -> None:
 
 def test_start_line_says_what_is_served(parrot: Any) -> None:
     assert parrot.stdout() == ("weights 3.0 MiB (dense 8.0), KV 4.0 MiB = 65536 tokens, cpu, linear dense: echo x2\n")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "methods"),
+    [
+        ("w4a8g32", [("QUANTIZATION", "rtn", 4, 32, 8)]),
+        ("bf16", [("QUANTIZATION", "rtn", 16, None, 16)]),
+        ("lowrank8:bf16", [("LOW_RANK", "svd", 8.0)]),
+        (
+            "sparse24:w4a16+residual3",
+            [
+                ("SPARSITY_2_OF_4", "magnitude", 0.5),
+                ("QUANTIZATION", "rtn", 4, None, 16),
+                ("LOW_RANK", "residual", 3.0),
+            ],
+        ),
+    ],
+)
+def test_a_scheme_is_told_in_the_steps_it_is_made_of(scheme: str, methods: list[tuple[Any, ...]]) -> None:
+    told = []
+    for method in compression_methods(parse_scheme(scheme), "rtn"):
+        kind = model_pb2.CompressionKind.Name(method.kind).removeprefix("COMPRESSION_KIND_")
+        if kind == "QUANTIZATION":
+            group_size = method.group_size if method.HasField("group_size") else None
+            told.append((kind, method.name, method.bits, group_size, method.activation_bits))
+        else:
+            told.append((kind, method.name, method.sparsity if kind.startswith("SPARSITY") else method.mean_rank))
+    assert told == methods

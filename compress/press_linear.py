@@ -1,0 +1,52 @@
+"""Presses one weight into the tensors of its spec, from the outermost node to the leaves."""
+
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from pressd.compress.encoding import decode, encode, part, whole
+from pressd.compress.passes.magnitude import keep_two_of_four
+from pressd.compress.passes.rtn import round_to_nearest
+from pressd.compress.passes.svd import factorise
+from pressd.compress.rows import squared_norms
+from pressd.runtime.artifact.specs import Chain, LinearSpec, Masked, Packed, Sum
+from pressd.runtime.kernels.integer_codes import dequantize
+from pressd.runtime.kernels.mask import format as mask
+
+
+def press_linear(original: Tensor, weight: Tensor, spec: LinearSpec) -> tuple[dict[str, Tensor], tuple[float, float]]:
+    """Return the tensors to store for `weight` [out, in], and the squared norms of what was lost and of the weight.
+
+    `weight` is `original` in the artifact's precision; the loss is measured against the latter.
+    """
+    if isinstance(spec, Packed):
+        if spec.is_dense:
+            return {"weight": weight}, squared_norms(original, lambda rows, wide: weight[rows].to(wide))
+        codes, scale = round_to_nearest(weight, spec)
+        norms = squared_norms(original, lambda rows, wide: dequantize(codes[rows], scale[rows], wide))
+        return encode(codes, scale, spec), norms
+    tensors = _press(weight, spec)
+    decoded = decode(tensors, spec, torch.promote_types(weight.dtype, torch.float32))
+    return tensors, squared_norms(original, lambda rows, wide: decoded[rows].to(wide))
+
+
+def _press(weight: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
+    match spec:
+        case Packed():
+            return {"weight": weight} if spec.is_dense else encode(*round_to_nearest(weight, spec), spec)
+        case Masked():
+            kept = keep_two_of_four(weight)
+            values = _press(mask.compact(weight, kept), spec.values)
+            return whole(values, "values") | {"mask": mask.pack(kept)}
+        case Chain():
+            a, b = (factor.to(weight.dtype) for factor in factorise(weight, spec.rank))
+            return whole(_press(a, spec.a), "a") | whole(_press(b, spec.b), "b")
+        case Sum():
+            tensors = whole(_press(weight, spec.base), "base")
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            lost = weight.to(wide) - decode(part(tensors, "base"), spec.base, wide)
+            a, b = (factor.to(weight.dtype) for factor in factorise(lost, spec.residual.rank))
+            return tensors | whole({"a.weight": a, "b.weight": b}, "residual")
+        case _:
+            assert_never(spec)

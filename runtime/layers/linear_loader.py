@@ -1,0 +1,149 @@
+"""From stored tensors to linear layers: fuses what can be fused and chooses a kernel for each stored weight."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pressd.runtime.artifact.families import FusedGroup
+from pressd.runtime.artifact.families import Linear as StoredLinear
+from pressd.runtime.artifact.reader import Checkpoint
+from pressd.runtime.artifact.specs import Chain, LinearSpec, Masked, Packed, Sum
+from pressd.runtime.kernels.catalogue import LINEAR
+from pressd.runtime.kernels.mask import format as mask
+from pressd.runtime.kernels.registry import Device, LinearKernel, LinearProblem, Preference, Tensors, select
+from pressd.runtime.layers.embedding import Embedding
+from pressd.runtime.layers.linear import ChainLinear, Linear, LinearLayer, SumLinear, UnfusedLinear
+from pressd.runtime.request import KernelChoice
+
+# Describes the shape of the stored weight, not its values; the problem carries the shape already.
+_NOT_ROWS = "weight_shape"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What one member of a fused group brings: a node of its spec with the tensors below it, and a bias or none."""
+
+    spec: LinearSpec
+    tensors: Tensors
+    bias: torch.Tensor | None
+
+    def child(self, name: str, *, keeps_bias: bool) -> "_Part":
+        start = f"{name}."
+        tensors = {suffix.removeprefix(start): t for suffix, t in self.tensors.items() if suffix.startswith(start)}
+        return _Part(spec=self.spec.children()[name], tensors=tensors, bias=self.bias if keeps_bias else None)
+
+
+@dataclass(slots=True, kw_only=True)
+class LinearLoader:
+    """Loads linears of one checkpoint for one device and remembers which kernels were chosen."""
+
+    checkpoint: Checkpoint
+    device: Device
+    dtype: torch.dtype
+    prefer: Preference
+    unfused_groups: int = 0
+    _choices: dict[tuple[str, str, str, tuple[str, ...]], int] = field(default_factory=dict)
+
+    def load(self, group: FusedGroup) -> LinearLayer:
+        """Load the members of a fused group, which share their input, as one layer with their outputs concatenated."""
+        return self._layer([self._part(member) for member in group.members])
+
+    def load_embedding(self, group: FusedGroup) -> Embedding:
+        """Load the embedding with a kernel that can look up rows; a tied head multiplies with what that keeps."""
+        (member,) = group.members
+        part = self._part(member)
+        problem = self._problem([part])
+        kernel = self._choose(problem, looks_up=True)
+        return Embedding(problem=problem, kernel=kernel, packed=kernel.pack(part.tensors, problem, self.device))
+
+    def choices(self) -> tuple[KernelChoice, ...]:
+        """Return each distinct choice with the number of layers it serves."""
+        return tuple(
+            KernelChoice(op=op, storage=storage, implementation=name, layers=layers, refusals=refusals)
+            for (op, storage, name, refusals), layers in sorted(self._choices.items())
+        )
+
+    def _part(self, member: StoredLinear) -> _Part:
+        bias = self.checkpoint.tensor(f"{member.prefix}.bias") if member.bias else None
+        return _Part(
+            spec=self.checkpoint.linear(member.prefix),
+            tensors=self.checkpoint.linear_tensors(member.prefix),
+            bias=None if bias is None else bias.to(self.device.torch_device, self.dtype),
+        )
+
+    def _layer(self, parts: Sequence[_Part]) -> LinearLayer:
+        """Make one layer of members that share their input."""
+        specs = [part.spec for part in parts]
+        if all(isinstance(spec, Sum) for spec in specs):
+            base = self._layer([part.child("base", keeps_bias=True) for part in parts])
+            return SumLinear(
+                base=base, residual=self._layer([part.child("residual", keeps_bias=False) for part in parts])
+            )
+        chains = [spec for spec in specs if isinstance(spec, Chain)]
+        if len(chains) == len(parts):
+            return ChainLinear(
+                first=self._layer([part.child("b", keeps_bias=False) for part in parts]),
+                seconds=tuple(self._layer([part.child("a", keeps_bias=True)]) for part in parts),
+                ranks=tuple(chain.rank for chain in chains),
+            )
+        if len({_signature(spec) for spec in specs}) == 1:
+            return self._fused(parts)
+        self.unfused_groups += 1
+        return UnfusedLinear(members=tuple(self._layer([part]) for part in parts))
+
+    def _fused(self, parts: Sequence[_Part]) -> Linear:
+        # Every stored tensor has one row (or one row of groups) per output, so fusing is concatenation.
+        fused = {
+            suffix: torch.cat([part.tensors[suffix] for part in parts]) if len(parts) > 1 else tensor
+            for suffix, tensor in parts[0].tensors.items()
+            if not suffix.endswith(_NOT_ROWS)
+        }
+        problem = self._problem(parts)
+        kernel = self._choose(problem)
+        packed = kernel.pack(fused, problem, self.device)
+        return Linear(problem=problem, kernel=kernel, packed=packed, bias=self._fuse_biases(parts))
+
+    def _fuse_biases(self, parts: Sequence[_Part]) -> torch.Tensor | None:
+        if all(part.bias is None for part in parts):
+            return None
+        device = self.device.torch_device
+        rows = [
+            torch.zeros(part.spec.out_features, dtype=self.dtype, device=device) if part.bias is None else part.bias
+            for part in parts
+        ]
+        return torch.cat(rows)
+
+    def _problem(self, parts: Sequence[_Part]) -> LinearProblem:
+        spec = parts[0].spec
+        stored = spec.values if isinstance(spec, Masked) else spec
+        assert isinstance(stored, Packed)
+        return LinearProblem(
+            storage=mask.NAME if isinstance(spec, Masked) else stored.storage,
+            bits=stored.bits,
+            group_size=stored.group_size,
+            activation_bits=stored.activation_bits,
+            out_features=sum(part.spec.out_features for part in parts),
+            in_features=spec.in_features,
+            dtype=self.dtype,
+        )
+
+    def _choose(self, problem: LinearProblem, *, looks_up: bool = False) -> LinearKernel:
+        def why_not(kernel: LinearKernel) -> str | None:
+            if looks_up and kernel.rows is None:
+                return "its layout has no way to single rows"
+            return kernel.why_not(problem, self.device)
+
+        candidates = [kernel for kernel in LINEAR if kernel.storage == problem.storage]
+        kernel, refusals = select(candidates, why_not, self.prefer)
+        key = ("embedding" if looks_up else "linear", problem.storage, kernel.name, refusals)
+        self._choices[key] = self._choices.get(key, 0) + 1
+        return kernel
+
+
+def _signature(spec: LinearSpec) -> tuple[object, ...]:
+    """What members must agree in to be one matrix; a node with children of its own agrees with nothing."""
+    stored = spec.values if isinstance(spec, Masked) else spec
+    if not isinstance(stored, Packed):
+        return (id(spec),)
+    return type(spec), stored.storage, stored.bits, stored.group_size, stored.activation_bits
