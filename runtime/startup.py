@@ -20,19 +20,24 @@ WARMUP_TOKENS = 16
 
 def start(path: Path, config: EngineConfig) -> tuple[Runner, EngineInfo]:
     """Load the model and allocate its KV pool; raises ArtifactError or ValueError, one line each."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    seconds: dict[str, float] = {}
     began = time.monotonic()
     checkpoint = Checkpoint.open(path)
-    seconds["verify"] = time.monotonic() - began
+    return start_from(checkpoint, config, verify_seconds=time.monotonic() - began)
+
+
+def start_from(checkpoint: Checkpoint, config: EngineConfig, *, verify_seconds: float) -> tuple[Runner, EngineInfo]:
+    """Start as `start` does from a checkpoint that is open already, which took `verify_seconds`."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    seconds = {"verify": verify_seconds}
     device, dtype = pick_device(config), pick_dtype(config, checkpoint)
     began = time.monotonic()
     decoder = load_decoder(checkpoint, device=device, dtype=dtype, prefer=config.kernels)
     seconds["read"] = time.monotonic() - began
     began = time.monotonic()
     with torch.inference_mode():
-        decoder.full_logits(torch.zeros(1, min(WARMUP_TOKENS, decoder.config.max_context), dtype=torch.int64))
+        ids = torch.zeros(1, min(WARMUP_TOKENS, decoder.config.max_context), dtype=torch.int64)
+        decoder.full_logits(ids)[:, -1].cpu()  # a copy to the host waits until the device has done it
     seconds["warmup"] = time.monotonic() - began
     max_context = context_limit(config, decoder)
     num_blocks = size_pool(config, decoder, max_context)

@@ -5,16 +5,17 @@ one matrix. Names are Hugging Face's for tensors and the recipe's for groups.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+from pressd.runtime.artifact import fields
 from pressd.runtime.artifact.errors import ArtifactError
+from pressd.runtime.artifact.fields import Config
+from pressd.runtime.artifact.windows import Windows, full_windows, mixed_windows, uniform_windows
 
 EMBED = "embed"
 LM_HEAD = "lm_head"
 EMBED_PREFIX = "model.embed_tokens"
-# No real model comes near; a config that says more would only be used to exhaust memory.
-_MAX_SIZE = 1 << 24
 _MAX_LAYERS = 1 << 12
 
 
@@ -61,11 +62,22 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """Heads of every decoder layer, and each layer's window: the positions that a token sees, or None for all."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    windows: Windows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelMap:
     """Every tensor of a model in file order: embed, the decoder's layers, then final norm and lm_head (unless tied)."""
 
     architecture: str
     tied: bool
+    attention: AttentionShape
     blocks: tuple[Block, ...]
 
     def groups(self) -> Iterator[FusedGroup]:
@@ -87,10 +99,10 @@ class ModelMap:
         return others + sum(math.prod(linear.shape) for linear in self.linears())
 
 
-def describe(config: Mapping[str, object]) -> ModelMap:
+def describe(config: Config) -> ModelMap:
     """Return the map of the model that config.json describes.
 
-    Raises ArtifactError for an unknown architecture, and for a size that is missing or out of range.
+    Raises ArtifactError for an unknown architecture, and for a field that is missing, out of range or contradictory.
     """
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else architectures
@@ -100,70 +112,118 @@ def describe(config: Mapping[str, object]) -> ModelMap:
     return family(config)
 
 
-def _llama(config: Mapping[str, object]) -> ModelMap:
-    hidden = _size(config, "hidden_size")
-    vocab = _size(config, "vocab_size")
-    tied = _flag(config, "tie_word_embeddings")
-    embed = FusedGroup(name=EMBED, members=(_linear(EMBED_PREFIX, vocab, hidden),))
-    head = FusedGroup(name=LM_HEAD, members=(_linear(LM_HEAD, vocab, hidden),))
-    layers = range(_size(config, "num_hidden_layers", limit=_MAX_LAYERS))
+def _llama(config: Config) -> ModelMap:
+    biases = _kinds_with_bias(config, attention_bias=("qkv", "o"), mlp_bias=("gate_up", "down"))
+    return _llama_like("LlamaForCausalLM", config, biases=biases)
+
+
+def _mistral(config: Config) -> ModelMap:
+    config = {"num_key_value_heads": 8, "sliding_window": 4096} | dict(config)
+    return _llama_like("MistralForCausalLM", config, windows=uniform_windows)
+
+
+def _qwen2(config: Config) -> ModelMap:
+    return _llama_like("Qwen2ForCausalLM", _QWEN_DEFAULTS | dict(config), biases=("qkv",), windows=mixed_windows)
+
+
+def _qwen3(config: Config) -> ModelMap:
+    biases = _kinds_with_bias(config, attention_bias=("qkv", "o"))
+    config = _QWEN_DEFAULTS | {"head_dim": 128} | dict(config)
+    return _llama_like("Qwen3ForCausalLM", config, biases=biases, windows=mixed_windows, query_key_norm=True)
+
+
+# What transformers takes an absent key to mean; a key that is null says something else.
+_QWEN_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+
+FAMILIES: dict[str, Callable[[Config], ModelMap]] = {
+    "LlamaForCausalLM": _llama,
+    "MistralForCausalLM": _mistral,
+    "Qwen2ForCausalLM": _qwen2,
+    "Qwen3ForCausalLM": _qwen3,
+}
+
+
+def _llama_like(
+    architecture: str,
+    config: Config,
+    *,
+    biases: Collection[str] = (),
+    windows: Callable[[Config, int], Windows] = full_windows,
+    query_key_norm: bool = False,
+) -> ModelMap:
+    """The map that these families share; `biases` are the kinds of groups that have one."""
+    hidden = fields.size(config, "hidden_size")
+    vocab = fields.size(config, "vocab_size")
+    tied = fields.flag(config, "tie_word_embeddings")
+    num_layers = fields.size(config, "num_hidden_layers", limit=_MAX_LAYERS)
+    attention = _attention_shape(config, hidden, windows(config, num_layers))
+    ffn = fields.size(config, "intermediate_size")
+    embed = FusedGroup(name=EMBED, members=(Linear(prefix=EMBED_PREFIX, out_features=vocab, in_features=hidden),))
+    head = FusedGroup(name=LM_HEAD, members=(Linear(prefix=LM_HEAD, out_features=vocab, in_features=hidden),))
+    head_norms = (f"self_attn.{part}_norm.weight" for part in "qk") if query_key_norm else ()
+    norms = {f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    norms |= dict.fromkeys(head_norms, (attention.head_dim,))
     return ModelMap(
-        architecture="LlamaForCausalLM",
+        architecture=architecture,
         tied=tied,
+        attention=attention,
         blocks=(
             Block(name=EMBED, groups=(embed,), others={}),
-            *(_llama_layer(config, index, hidden) for index in layers),
+            *(_layer(index, hidden, ffn, attention, biases, norms) for index in range(num_layers)),
             Block(name="head", groups=() if tied else (head,), others={"model.norm.weight": (hidden,)}),
         ),
     )
 
 
-def _llama_layer(config: Mapping[str, object], index: int, hidden: int) -> Block:
-    heads = _size(config, "num_attention_heads")
-    kv_heads = _size(config, "num_key_value_heads", default=heads)
-    head_dim = _size(config, "head_dim", default=hidden // heads)
-    ffn = _size(config, "intermediate_size")
+def _layer(
+    index: int,
+    hidden: int,
+    ffn: int,
+    attention: AttentionShape,
+    biases: Collection[str],
+    norms: Mapping[str, tuple[int, ...]],
+) -> Block:
+    at = f"model.layers.{index}"
+    q, kv = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+    # A group's name: its input's size, and the rows of each member.
+    shapes: dict[str, tuple[int, dict[str, int]]] = {
+        "qkv": (hidden, {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}),
+        "o": (q, {"self_attn.o_proj": hidden}),
+        "gate_up": (hidden, {"mlp.gate_proj": ffn, "mlp.up_proj": ffn}),
+        "down": (ffn, {"mlp.down_proj": hidden}),
+    }
+    groups = tuple(
+        FusedGroup(
+            name=f"layers.{index}.{kind}",
+            members=tuple(
+                Linear(prefix=f"{at}.{part}", out_features=rows, in_features=columns, bias=kind in biases)
+                for part, rows in members.items()
+            ),
+        )
+        for kind, (columns, members) in shapes.items()
+    )
+    others = {f"{at}.{name}": shape for name, shape in norms.items()}
+    others |= {f"{m.prefix}.bias": (m.out_features,) for group in groups for m in group.members if m.bias}
+    return Block(name=f"layers.{index}", groups=groups, others=others)
+
+
+def _attention_shape(config: Config, hidden: int, windows: Windows) -> AttentionShape:
+    heads = fields.size(config, "num_attention_heads")
+    kv_heads = fields.size(config, "num_key_value_heads", default=heads)
     if heads % kv_heads:
         raise ArtifactError(
             f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
-    q, kv = heads * head_dim, kv_heads * head_dim
-    at = f"model.layers.{index}"
-    bias = _flag(config, "attention_bias")
-    mlp_bias = _flag(config, "mlp_bias")
-    members = {
-        "qkv": tuple(
-            _linear(f"{at}.self_attn.{part}_proj", rows, hidden, bias)
-            for part, rows in zip("qkv", (q, kv, kv), strict=True)
-        ),
-        "o": (_linear(f"{at}.self_attn.o_proj", hidden, q, bias),),
-        "gate_up": tuple(_linear(f"{at}.mlp.{part}_proj", ffn, hidden, mlp_bias) for part in ("gate", "up")),
-        "down": (_linear(f"{at}.mlp.down_proj", hidden, ffn, mlp_bias),),
-    }
-    groups = tuple(FusedGroup(name=f"layers.{index}.{kind}", members=parts) for kind, parts in members.items())
-    norms = {f"{at}.{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
-    biases = {f"{m.prefix}.bias": (m.out_features,) for group in groups for m in group.members if m.bias}
-    return Block(name=f"layers.{index}", groups=groups, others=norms | biases)
+    if config.get("head_dim") is None and hidden % heads:
+        raise ArtifactError(
+            f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}; set head_dim"
+        )
+    head_dim = fields.size(config, "head_dim", default=hidden // heads)
+    if head_dim % 2:
+        raise ArtifactError(f"config.json: head_dim is {head_dim}; rotary position embedding needs an even number")
+    return AttentionShape(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, windows=windows)
 
 
-FAMILIES: dict[str, Callable[[Mapping[str, object]], ModelMap]] = {"LlamaForCausalLM": _llama}
-
-
-def _linear(prefix: str, out_features: int, in_features: int, bias: bool = False) -> Linear:
-    return Linear(prefix=prefix, out_features=out_features, in_features=in_features, bias=bias)
-
-
-def _size(config: Mapping[str, object], key: str, *, default: int | None = None, limit: int = _MAX_SIZE) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if type(value) is not int or not 1 <= value <= limit:
-        raise ArtifactError(f"config.json: {key} is {value!r}; it must be an integer from 1 to {limit}")
-    return value
-
-
-def _flag(config: Mapping[str, object], key: str) -> bool:
-    value = config.get(key, False)
-    if not isinstance(value, bool):
-        raise ArtifactError(f"config.json: {key} is {value!r}; it must be true or false")
-    return value
+def _kinds_with_bias(config: Config, **kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """Kinds of groups, by the switch in config.json that gives them a bias; off where it is absent."""
+    return tuple(kind for key, named in kinds.items() if fields.flag(config, key) for kind in named)

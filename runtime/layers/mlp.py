@@ -4,16 +4,19 @@ from dataclasses import dataclass
 
 import torch
 
-from pressd.runtime.layers.linear import Linear, UnfusedLinear
+from pressd.runtime.layers.linear import LinearLayer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatedMLP:
     """down(silu(gate(x)) * up(x)) with gate and up in one fused linear."""
 
-    gate_up: Linear | UnfusedLinear
-    down: Linear | UnfusedLinear
+    gate_up: LinearLayer
+    down: LinearLayer
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(x_TH).chunk(2, dim=-1)
         return self.down(torch.nn.functional.silu(gate) * up)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.gate_up.tensors(), *self.down.tensors()]

@@ -16,3 +16,6 @@ class RMSNorm:
         wide = torch.promote_types(x.dtype, torch.float32)
         normed = torch.nn.functional.rms_norm(x.to(wide), (x.size(-1),), None, self.epsilon)
         return self.gain * normed.to(x.dtype)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.gain]

@@ -1,6 +1,6 @@
 """One decoder and a small map per architecture."""
 
 from pressd.runtime.models.decoder import Decoder
-from pressd.runtime.models.loading import FAMILIES, load_decoder
+from pressd.runtime.models.loading import FAMILIES, decoder_config, load_decoder
 
-__all__ = ["FAMILIES", "Decoder", "load_decoder"]
+__all__ = ["FAMILIES", "Decoder", "decoder_config", "load_decoder"]

@@ -1,6 +1,5 @@
 """What a decoder computes, in numbers; which weights it has is said in artifact/families.py."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +9,18 @@ from pressd.runtime.layers.rotary import RopeConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
-    """Numbers of one decoder-only transformer; norm names have a {} for the layer's index."""
+    """Numbers of one decoder-only transformer; norm names have a {} for the layer's index.
+
+    `windows` has an entry per layer: how many positions a token sees, its own included, or None for all. `query_norm`
+    and `key_norm` normalise each head before it is rotated, or are None together.
+    """
 
     architecture: str
     hidden_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    windows: tuple[int | None, ...]
     vocab_size: int
     max_context: int
     norm_epsilon: float
@@ -25,14 +29,8 @@ class DecoderConfig:
     input_norm: str
     post_attention_norm: str
     final_norm: str
-
-
-def require(config: Mapping[str, Any], key: str, kind: type[int] | type[float]) -> Any:
-    """Return a positive number of config.json, or say which key is missing or wrong."""
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0 or kind(value) != value:
-        raise ArtifactError(f"config.json: {key} is {value!r}; a positive {kind.__name__} is needed")
-    return kind(value)
+    query_norm: str | None = None
+    key_norm: str | None = None
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ import torch
 
 from pressd.runtime.kernels.attention.batch import AttentionBatch, QueryRun
 from pressd.runtime.layers.attention import Attention, LayerKV
-from pressd.runtime.layers.linear import Linear, UnfusedLinear
+from pressd.runtime.layers.embedding import Embedding
+from pressd.runtime.layers.linear import LinearLayer
 from pressd.runtime.layers.mlp import GatedMLP
 from pressd.runtime.layers.norm import RMSNorm
 from pressd.runtime.layers.rotary import Rotary
@@ -33,6 +34,10 @@ class Block:
         x_TH = x_TH + self.attention(self.input_norm(x_TH), cos, sin, kv, batch)
         return x_TH + self.mlp(self.post_attention_norm(x_TH))
 
+    def tensors(self) -> list[torch.Tensor]:
+        parts = (self.input_norm, self.attention, self.post_attention_norm, self.mlp)
+        return [tensor for part in parts for tensor in part.tensors()]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
@@ -41,11 +46,11 @@ class Decoder:
     config: DecoderConfig
     device: torch.device
     dtype: torch.dtype
-    embedding: torch.Tensor
+    embedding: Embedding
     rotary: Rotary
     blocks: tuple[Block, ...]
     final_norm: RMSNorm
-    head: Linear | UnfusedLinear
+    head: LinearLayer
     kernels: tuple[KernelChoice, ...]
     unfused_groups: int
 
@@ -53,11 +58,26 @@ class Decoder:
         self, token_ids: torch.Tensor, positions: torch.Tensor, kv: Sequence[LayerKV], batch: AttentionBatch
     ) -> torch.Tensor:
         """Return hidden states [T, H] after the final norm, for ids and positions int64 [T]; writes the new KV."""
-        x_TH = torch.nn.functional.embedding(token_ids, self.embedding)
+        return self.final_norm(self.run_layers(self.embedding(token_ids), positions, kv, batch))
+
+    def run_layers(
+        self,
+        x_TH: torch.Tensor,
+        positions: torch.Tensor,
+        kv: Sequence[LayerKV],
+        batch: AttentionBatch,
+        layers: range | None = None,
+    ) -> torch.Tensor:
+        """Return the residual stream [T, H] after `layers` (None: all), given the one before them; writes their KV.
+
+        The stream starts as the embedding and ends at the final norm; it may be taken on from wherever it was left.
+        `kv` has an entry for each of the decoder's layers.
+        """
+        assert len(kv) == len(self.blocks), f"{len(kv)} layers of keys and values for {len(self.blocks)} blocks"
         cos, sin = self.rotary.select(positions)
-        for block, layer_kv in zip(self.blocks, kv, strict=True):
-            x_TH = block(x_TH, cos, sin, layer_kv, batch)
-        return self.final_norm(x_TH)
+        for index in range(len(self.blocks)) if layers is None else layers:
+            x_TH = self.blocks[index](x_TH, cos, sin, kv[index], batch)
+        return x_TH
 
     def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits [..., V] of hidden states [..., H]."""
@@ -98,10 +118,7 @@ class Decoder:
     @property
     def weights_bytes(self) -> int:
         """Bytes of all weights in memory as the kernels hold them; what is shared counts once."""
-        tensors = [self.embedding, self.final_norm.gain, *self.head.tensors()]
-        for block in self.blocks:
-            tensors += [block.input_norm.gain, block.post_attention_norm.gain]
-            for linear in (block.attention.qkv, block.attention.output, block.mlp.gate_up, block.mlp.down):
-                tensors += linear.tensors()
+        tensors = [*self.embedding.tensors(), *self.final_norm.tensors(), *self.head.tensors()]
+        tensors += [tensor for block in self.blocks for tensor in block.tensors()]
         distinct = {id(tensor): tensor for tensor in tensors}
         return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())

@@ -14,29 +14,37 @@ BLOCK_SIZE = 4
 SEQUENCES = ((1, 9), (7, 7), (5, 18), (1, 1), (2, 5))
 HEADS = ((4, 2, 8), (3, 3, 16), (8, 1, 4))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+# Itself only; within a block; a block; across blocks; as long as a sequence (7 and 18), longer than all.
+WINDOWS = (None, 1, 3, 4, 6, 7, 18, 100)
 
 
-def oracle(query: np.ndarray, keys: np.ndarray, values: np.ndarray, group: int) -> np.ndarray:
+def oracle(
+    query: np.ndarray, keys: np.ndarray, values: np.ndarray, group: int, window: int | None = None
+) -> np.ndarray:
     """Attention of query [q, heads, d] over keys, values [k, kv_heads, d], the queries being the last positions."""
     output = np.empty_like(query)
     for row in range(len(query)):
-        visible = len(keys) - len(query) + row + 1
+        position = len(keys) - len(query) + row
+        visible = [j for j in range(position + 1) if window is None or position - j < window]
         for head in range(query.shape[1]):
-            scores = keys[:visible, head // group] @ query[row, head] / np.sqrt(query.shape[2])
+            scores = keys[visible, head // group] @ query[row, head] / np.sqrt(query.shape[2])
             weights = np.exp(scores - scores.max())
-            output[row, head] = (weights / weights.sum()) @ values[:visible, head // group]
+            output[row, head] = (weights / weights.sum()) @ values[visible, head // group]
     return output
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("contiguous", [True, False], ids=["views", "gathers"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("kernel", ATTENTION, ids=lambda kernel: kernel.name)
 def test_equals_float64(
-    kernel: AttentionKernel, heads: tuple[int, int, int], dtype: torch.dtype, contiguous: bool
+    kernel: AttentionKernel, heads: tuple[int, int, int], dtype: torch.dtype, contiguous: bool, window: int | None
 ) -> None:
     num_heads, num_kv_heads, head_dim = heads
-    problem = AttentionProblem(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype)
+    problem = AttentionProblem(
+        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, window=window
+    )
     if (reason := kernel.why_not(problem, CPU)) is not None:
         pytest.skip(reason)
     generator = torch.Generator().manual_seed(7)
@@ -55,7 +63,7 @@ def test_equals_float64(
         runs.append(QueryRun(start=start, length=length, kv_length=kv_length, block_table=table, first_block=first))
         queries.append(query)
         keys, values = sequence.double().numpy()
-        expected.append(oracle(query.double().numpy(), keys, values, num_heads // num_kv_heads))
+        expected.append(oracle(query.double().numpy(), keys, values, num_heads // num_kv_heads, window))
         start += length
     batch = AttentionBatch(runs=tuple(runs), slot_mapping=torch.empty(0, dtype=torch.int64))
     assert batch.num_gathers == (0 if contiguous else len(SEQUENCES))
@@ -64,3 +72,34 @@ def test_equals_float64(
     # values of size below 5, in the compute type; the constant is measured at a third of this bound.
     eps = torch.finfo(dtype).eps
     np.testing.assert_allclose(output, np.concatenate(expected), rtol=0, atol=24 * eps)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 16, 17, 40])
+@pytest.mark.parametrize("chunk", [1, 3, 16, 33])
+@pytest.mark.parametrize("kernel", ATTENTION, ids=lambda kernel: kernel.name)
+def test_a_sequence_in_chunks_equals_it_whole(kernel: AttentionKernel, chunk: int, window: int | None) -> None:
+    """Of one sequence, however it is cut; what lies behind every window of a chunk is NaN and must not be read.
+
+    The reference reads all it masks, so it is given what was there.
+    """
+    length, num_heads, num_kv_heads, head_dim = 33, 4, 1, 8
+    problem = AttentionProblem(
+        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=torch.float32, window=window
+    )
+    generator = torch.Generator().manual_seed(3)
+    table = tuple(torch.randperm(9, generator=generator).tolist())
+    query = torch.randn(length, num_heads, head_dim, generator=generator)
+    sequence = torch.randn(2, length, num_kv_heads, head_dim, generator=generator)
+    slots = torch.tensor([table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(length)])
+    expected = oracle(query.double().numpy(), *sequence.double().numpy(), num_heads // num_kv_heads, window)
+    for start in range(0, length, chunk):
+        stop = min(start + chunk, length)
+        behind = max(0, start + 1 - window) if window is not None and kernel.name != "reference" else 0
+        pool = torch.full((2, 9 * BLOCK_SIZE, num_kv_heads, head_dim), torch.nan)
+        pool[:, slots[behind:stop]] = sequence[:, behind:stop]
+        keys, values = pool.unflatten(1, (9, BLOCK_SIZE))
+        run = QueryRun(start=0, length=stop - start, kv_length=stop, block_table=table, first_block=None)
+        batch = AttentionBatch(runs=(run,), slot_mapping=slots[start:stop])
+        output = kernel.run(query[start:stop], keys, values, batch, problem).double().numpy()
+        atol = 24 * torch.finfo(torch.float32).eps  # as above
+        np.testing.assert_allclose(output, expected[start:stop], rtol=0, atol=atol)

@@ -7,12 +7,17 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionProblem:
-    """Shapes of one attention layer; queries share keys and values in groups of num_heads / num_kv_heads."""
+    """Shapes of one attention layer; queries share keys and values in groups of num_heads / num_kv_heads.
+
+    With a `window`, position i sees positions j with i - window < j <= i; without, all j <= i. What no window reaches
+    any more stays in the pool: a sequence has one block table for all layers.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    window: int | None = None
 
     @property
     def scale(self) -> float:
@@ -33,6 +38,10 @@ class QueryRun:
     block_table: tuple[int, ...]
     first_block: int | None
 
+    def first_visible(self, window: int | None) -> int:
+        """Return the first position that any of the new tokens sees."""
+        return 0 if window is None else max(0, self.kv_length - self.length + 1 - window)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionBatch:
@@ -47,18 +56,23 @@ class AttentionBatch:
         return sum(run.first_block is None for run in self.runs)
 
 
-def sequence_view(blocks: torch.Tensor, run: QueryRun) -> torch.Tensor:
-    """Return keys or values of one sequence [kv_length, kv_heads, head_dim], as a view if its blocks are contiguous."""
+def sequence_view(blocks: torch.Tensor, run: QueryRun, first: int = 0) -> torch.Tensor:
+    """Return keys or values [kv_length - first, kv_heads, head_dim] of one sequence from position `first` on.
+
+    It is a view if the sequence's blocks are contiguous.
+    """
     block_size = blocks.size(1)
     if run.first_block is not None:
         start = run.first_block * block_size
-        return blocks.flatten(0, 1)[start : start + run.kv_length]
-    num_blocks = -(-run.kv_length // block_size)
-    table = torch.tensor(run.block_table[:num_blocks], device=blocks.device)
-    return blocks.index_select(0, table).flatten(0, 1)[: run.kv_length]
+        return blocks.flatten(0, 1)[start + first : start + run.kv_length]
+    skipped, num_blocks = first // block_size, -(-run.kv_length // block_size)
+    table = torch.tensor(run.block_table[skipped:num_blocks], device=blocks.device)
+    start = skipped * block_size
+    return blocks.index_select(0, table).flatten(0, 1)[first - start : run.kv_length - start]
 
 
-def causal_mask(run: QueryRun, device: torch.device) -> torch.Tensor:
-    """Return bool [length, kv_length], True where a new token may look: at itself and everything before it."""
-    rows = torch.arange(run.kv_length - run.length, run.kv_length, device=device)
-    return torch.arange(run.kv_length, device=device) <= rows[:, None]
+def causal_mask(run: QueryRun, window: int | None, device: torch.device, first: int = 0) -> torch.Tensor:
+    """Return bool [length, kv_length - first], True where a new token may look, for positions from `first` on."""
+    rows = torch.arange(run.kv_length - run.length, run.kv_length, device=device)[:, None]
+    columns = torch.arange(first, run.kv_length, device=device)
+    return columns <= rows if window is None else (columns <= rows) & (columns > rows - window)

@@ -17,17 +17,18 @@ def run(
     output = torch.empty_like(query)
     for part in batch.runs:
         rows = slice(part.start, part.start + part.length)
-        keys = sequence_view(key_blocks, part).transpose(0, 1).unsqueeze(0)
-        values = sequence_view(value_blocks, part).transpose(0, 1).unsqueeze(0)
+        first = part.first_visible(problem.window)
+        keys = sequence_view(key_blocks, part, first).transpose(0, 1).unsqueeze(0)
+        values = sequence_view(value_blocks, part, first).transpose(0, 1).unsqueeze(0)
         if part.length == 1:
             output[rows] = _one_token(query[rows], keys, values, problem)
             continue
-        whole = part.length == part.kv_length
+        whole = part.length == part.kv_length and (problem.window is None or part.length <= problem.window)
         output[rows] = scaled_dot_product_attention(
             query[rows].transpose(0, 1).unsqueeze(0),
             keys,
             values,
-            attn_mask=None if whole else causal_mask(part, query.device),
+            attn_mask=None if whole else causal_mask(part, problem.window, query.device, first),
             is_causal=whole,
             enable_gqa=problem.num_heads != problem.num_kv_heads,
             scale=problem.scale,

@@ -21,7 +21,7 @@ def run(
         keys = sequence_view(key_blocks, part).to(wide).repeat_interleave(group, dim=1)
         values = sequence_view(value_blocks, part).to(wide).repeat_interleave(group, dim=1)
         scores = torch.einsum("qhd,khd->hqk", query[rows].to(wide), keys) * problem.scale
-        scores = scores.masked_fill(~causal_mask(part, query.device), float("-inf"))
+        scores = scores.masked_fill(~causal_mask(part, problem.window, query.device), float("-inf"))
         output[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), values).to(query.dtype)
     return output
 
