@@ -8,6 +8,8 @@ to w / scale, computed in float32 or wider.
 import torch
 from torch import Tensor
 
+HALF_RANGE_8 = 127.5  # the symmetric 8-bit range is 255 steps wide
+
 
 def scale_shape(out_features: int, in_features: int, group_size: int | None) -> tuple[int, int]:
     """Shape of a weight's scale: one column per group, or a single one without groups."""
@@ -38,5 +40,33 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     An 8-bit code times a 16-bit float's significand fits in float32's, so float32 weights are exact.
     """
     wide = torch.promote_types(scale.dtype, dtype)
-    groups = codes.reshape(*scale.shape, -1).to(wide)
+    groups = codes.reshape(*scale.shape, codes.size(-1) // scale.size(-1)).to(wide)
     return groups.mul_(scale.to(wide).unsqueeze(-1)).reshape(codes.shape).to(dtype)
+
+
+def quantize_activations(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Round x [T, in] to int8 by the largest value of each row, or of each group of columns of a row.
+
+    Returns codes (whole numbers in -127..127 as float) [T, in] and scale [T, groups], in float32 or wider. Zeros get
+    codes of zero. Dynamic symmetric quantisation as compressed-tensors does it, but for two things: the scale does not
+    round to x's own type, and no code is -128. The largest value lies half way between two codes, by the definition of
+    the scale: with both -127 and -128 to choose from, the last bit of a sum would decide, and with it how a prompt was
+    cut into chunks.
+    """
+    num_rows, in_features = x.shape
+    groups = x.reshape(*scale_shape(num_rows, in_features, group_size), group_size or in_features)
+    codes = groups.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    # Not abs().amax(): a second array of this size costs more than a second pass.
+    largest = torch.maximum(codes.amax(dim=-1, keepdim=True), codes.amin(dim=-1, keepdim=True).neg_())
+    scale = largest.div_(HALF_RANGE_8).clamp_min_(torch.finfo(codes.dtype).tiny)
+    codes.div_(scale).round_().clamp_(-127, 127)
+    return codes.view(num_rows, in_features), scale.squeeze(-1)
+
+
+def round_activations(x: Tensor, group_size: int | None) -> Tensor:
+    """Return codes x scale of `quantize_activations`, [T, in] in x's type: what int8 leaves of x.
+
+    The product of an 8-bit code and a scale rounds once, to the type that the layer computes in anyway.
+    """
+    codes, scale = quantize_activations(x, group_size)
+    return dequantize(codes, scale, x.dtype)

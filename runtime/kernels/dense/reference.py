@@ -18,4 +18,8 @@ def run(x: torch.Tensor, packed: Tensors, problem: LinearProblem) -> torch.Tenso
     return torch.nn.functional.linear(x, packed["weight"])
 
 
-KERNEL = LinearKernel(name=REFERENCE, storage=disk.NAME, why_not=why_not, pack=pack, run=run)
+def rows(ids: torch.Tensor, packed: Tensors, problem: LinearProblem) -> torch.Tensor:
+    return torch.nn.functional.embedding(ids, packed["weight"])
+
+
+KERNEL = LinearKernel(name=REFERENCE, storage=disk.NAME, why_not=why_not, pack=pack, run=run, rows=rows)

@@ -1,4 +1,4 @@
-"""W8A8 on a CPU: int8 dot products where the hardware's are exact, widened weights where they are not.
+"""Int8 weights on a CPU: W8A8 in int8 dot products where the hardware's are exact, otherwise in floating point.
 
 Without VNNI, x86 multiplies unsigned by signed bytes into saturating 16-bit sums: oneDNN's int8 product was measured to
 be off by a fifth of the largest output on full-range operands. There, activation codes (exact in bfloat16 and float32)
@@ -7,31 +7,38 @@ meet the int8 weight in floating point.
 
 import torch
 
+from pressd.runtime.kernels import byte_codes
 from pressd.runtime.kernels.int8 import format as disk
-from pressd.runtime.kernels.int8.reference import quantize_rows
+from pressd.runtime.kernels.integer_codes import quantize_activations
 from pressd.runtime.kernels.registry import Device, LinearKernel, LinearProblem, Tensors
-from pressd.runtime.kernels.widened import matmul_rows
 
-# Rows up to which the bfloat16 x int8 kernel beats widening, on 2 Zen 3 cores at 2048 x 2048 (tests/bench/linears.py).
-FEW_ROWS = 32
-
-
-def _not_w8a8(problem: LinearProblem, device: Device) -> str | None:
-    if device.kind != "cpu":
-        return f"runs on the CPU only, not on {device.kind}"
-    if problem.activation_bits != 8 or problem.group_size is not None:
-        return "serves int8 activations and one scale per output row"
-    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"computes in float32, less than {problem.dtype}"
-    return None
+BLOCK = 64
+# Weights from which oneDNN is the faster for 1 to 512 rows, on 2 cores of AMD Zen 4 in November 2026: one row of
+# 512 x 256 takes it 73 us and the bytes as they are 38; at 1024 x 1024 both take about the same.
+SMALLEST = 1 << 20
 
 
 def _not_prepacked(problem: LinearProblem, device: Device) -> str | None:
-    if (reason := _not_w8a8(problem, device)) is not None:
+    if (reason := byte_codes.why_not(problem, device)) is not None:
         return reason
+    if problem.activation_bits != 8:
+        return "serves int8 activations"
     if "vnni" not in device.features:
         return "this CPU has no VNNI: its int8 products saturate at 16 bits"
+    if not byte_codes.integers_are_exact(problem, device):
+        return f"sums up to {byte_codes.MAX_INT32_COLUMNS} columns in 32 bits, not {problem.in_features}"
+    weights = problem.out_features * problem.in_features
+    if prepacked_bytes(problem) > 1.1 * weights:
+        return f"would keep more than a tenth beyond {problem.out_features} x {problem.in_features}: blocks of {BLOCK}"
+    if weights < SMALLEST:
+        return f"takes longer to start than {problem.out_features} x {problem.in_features} take to multiply"
     return None
+
+
+def prepacked_bytes(problem: LinearProblem) -> int:
+    """Return what oneDNN makes of a weight (seen in its 3.12): whole blocks, and a sum of 4 bytes for each row."""
+    rows, columns = (-(-size // BLOCK) * BLOCK for size in (problem.out_features, problem.in_features))
+    return rows * (columns + 4)
 
 
 def _pack_prepacked(tensors: Tensors, problem: LinearProblem, device: Device) -> Tensors:
@@ -45,10 +52,11 @@ def _pack_prepacked(tensors: Tensors, problem: LinearProblem, device: Device) ->
 def _run_prepacked(x: torch.Tensor, packed: Tensors, problem: LinearProblem) -> torch.Tensor:
     if x.size(0) == 0:
         return x.new_zeros(0, problem.out_features)
-    codes, x_scale = quantize_rows(x)
+    codes, x_scale = quantize_activations(x)
     # Unsigned activations and float32 output: signed ones or bfloat16 output fall to oneDNN's slow reference path.
+    unsigned = codes.to(torch.int8).view(torch.uint8).bitwise_xor_(0x80)  # adds 128; from float directly is slow
     products: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-        codes.add_(128).to(torch.uint8),
+        unsigned,
         1.0,
         128,
         packed["prepacked"],
@@ -65,29 +73,18 @@ def _run_prepacked(x: torch.Tensor, packed: Tensors, problem: LinearProblem) -> 
     return products.mul_(x_scale).to(problem.dtype)
 
 
-def _pack_widened(tensors: Tensors, problem: LinearProblem, device: Device) -> Tensors:
-    return {
-        "codes": tensors["weight"].contiguous(),
-        "scale": tensors["weight_scale"].float().flatten(),
-        "ones": torch.ones(problem.out_features, dtype=torch.bfloat16),
-    }
-
-
-def _run_widened(x: torch.Tensor, packed: Tensors, problem: LinearProblem) -> torch.Tensor:
-    weight = packed["codes"]
-    codes, x_scale = quantize_rows(x)
-    if problem.dtype == torch.bfloat16 and 0 < x.size(0) <= FEW_ROWS:
-        products = torch._weight_int8pack_mm(codes.to(torch.bfloat16), weight, packed["ones"]).float()
-    else:
-
-        def widen(rows: slice, tile: torch.Tensor) -> None:
-            tile.copy_(weight[rows])
-
-        products = matmul_rows(codes, problem.out_features, widen)
-    return products.mul_(x_scale).mul_(packed["scale"]).to(problem.dtype)
+def _pack_codes(tensors: Tensors, problem: LinearProblem, device: Device) -> Tensors:
+    return {"codes": tensors["weight"].contiguous(), "scale": tensors["weight_scale"]}
 
 
 PREPACKED = LinearKernel(
     name="cpu-onednn", storage=disk.NAME, why_not=_not_prepacked, pack=_pack_prepacked, run=_run_prepacked
 )
-WIDENED = LinearKernel(name="cpu-widened", storage=disk.NAME, why_not=_not_w8a8, pack=_pack_widened, run=_run_widened)
+BYTES = LinearKernel(
+    name="cpu-bytes",
+    storage=disk.NAME,
+    why_not=byte_codes.why_not,
+    pack=_pack_codes,
+    run=byte_codes.run,
+    rows=byte_codes.rows,
+)

@@ -61,7 +61,7 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     """Return the signed codes int8 [out, in] of words int32 [out, ceil(in * bits / 32)]."""
     out_features, num_words = packed.shape
     assert num_words == _num_words(in_features, bits)
-    runs = F.pad(packed, (0, -num_words % bits)).reshape(out_features, -1, bits)
+    runs = F.pad(packed, (0, -num_words % bits)).reshape(out_features, -(-num_words // bits), bits)
     codes = torch.empty(*runs.shape[:2], WORD_BITS, dtype=torch.int8, device=packed.device)
     mask = (1 << bits) - 1
     for element in range(WORD_BITS):
@@ -72,7 +72,7 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
             in_word = WORD_BITS - shift
             value = (value & ((1 << in_word) - 1)) | (runs[..., word + 1] << in_word)
         codes[..., element] = (value & mask) - (1 << (bits - 1))
-    return codes.reshape(out_features, -1)[:, :in_features].contiguous()
+    return codes.flatten(1)[:, :in_features].contiguous()
 
 
 def _num_words(in_features: int, bits: int) -> int:
