@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pressd.compress.fidelity import PerToken, compare, summarise
 from pressd.compress.protocol import SEQ_LEN, TOKENS
+from pressd.compress.report import refresh_quality
 from pressd.compress.token_rows import read_rows
 from pressd.runtime.artifact.manifest import Manifest, read_manifest, write_manifest
 from pressd.runtime.artifact.reader import Checkpoint
@@ -51,7 +52,9 @@ def evaluate(
     progress = progress or _silent
     source_hidden, source_head = _final_hidden(dense, rows.ids, progress)
     per_token = _compare_all(pressed, rows.ids, source_hidden, source_head, progress)
-    return {"source": str(dense.path), "artifact": str(pressed.path), "data": rows.describe(), **summarise(per_token)}
+    # Resolved as in the manifest, so that one source has one name wherever the command was run.
+    paths = {"source": str(dense.path.resolve()), "artifact": str(pressed.path)}
+    return {**paths, "data": rows.describe(), **summarise(per_token)}
 
 
 def record_quality(artifact: str | Path, quality: dict[str, object]) -> bool:
@@ -64,7 +67,9 @@ def record_quality(artifact: str | Path, quality: dict[str, object]) -> bool:
     if manifest is None or _tokens(quality) < TOKENS:
         return False
     recorded = {name: value for name, value in quality.items() if name != "artifact"}
-    write_manifest(path, manifest.model_copy(update={"quality": recorded}))
+    measured = manifest.model_copy(update={"quality": recorded})
+    write_manifest(path, measured)
+    refresh_quality(path, measured)
     return True
 
 

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pressd.runtime.artifact.manifest import Manifest, PlannedGroup, read_manifest
+from pressd.compress.report import Report
+from pressd.compress.tables import mebibytes, table
+from pressd.runtime.artifact.manifest import Manifest, PlannedGroup, Totals, read_manifest
 
 _COLUMNS = ("group", "scheme", "shape", "bits/weight", "bytes", "error")
 # Metrics with more digits than anybody compares.
@@ -21,9 +23,11 @@ def read(artifact: str | Path) -> Manifest:
     return manifest
 
 
-def show(manifest: Manifest) -> str:
-    """Return the manifest as text: a row per fused group, then totals and, once measured, quality."""
-    parts = [_table([_COLUMNS, *(_row(group) for group in manifest.plan)]), show_totals(manifest)]
+def show(manifest: Manifest, report: Report | None) -> str:
+    """Return the manifest as text: a row per fused group, then totals, what it cost and, once measured, quality."""
+    parts = [table([_COLUMNS, *(_row(group) for group in manifest.plan)]), show_totals(manifest.totals)]
+    if report is not None:
+        parts[-1] += f"\n{_show_cost(report)}"
     if manifest.quality:
         parts.append(show_quality(manifest.quality))
     else:
@@ -33,11 +37,10 @@ def show(manifest: Manifest) -> str:
     return "\n\n".join(parts)
 
 
-def show_totals(manifest: Manifest) -> str:
+def show_totals(totals: Totals) -> str:
     """Return one line of sizes."""
-    totals = manifest.totals
     bpw = "" if totals.bpw is None else f", pressed linears {totals.bpw:.3f} bits per weight"
-    sizes = f"{_mebibytes(totals.bytes)} of weights (dense {_mebibytes(totals.dense_bytes)}, ratio {totals.ratio:.2f})"
+    sizes = f"{mebibytes(totals.bytes)} of weights (dense {mebibytes(totals.dense_bytes)}, ratio {totals.ratio:.2f})"
     return f"{totals.params:,} parameters, {sizes}{bpw}"
 
 
@@ -52,26 +55,18 @@ def show_quality(quality: dict[str, object]) -> str:
             error = errors.get(name)
             rows.append((name, f"{value:.{_DIGITS}g}", "" if error is None else f"{error:.2g}"))
     read = f"{data['tokens']} tokens of {data['name']} ({data['split']}) in rows of {data['seq_len']}"
-    return f"{_table(rows)}\nagainst {quality['source']} on {read}; standard errors are over rows, logarithms natural"
+    return f"{table(rows)}\nagainst {quality['source']} on {read}; standard errors are over rows, logarithms natural"
+
+
+def _show_cost(report: Report) -> str:
+    cost, machine = report.cost, report.machine
+    return (
+        f"pressed in {cost.wall_seconds:.1f} s, {mebibytes(cost.peak_rss_bytes)} of memory at most, on {machine.cpu} "
+        f"({machine.cores} cores) with torch {machine.torch}"
+    )
 
 
 def _row(group: PlannedGroup) -> Sequence[str]:
     shape = " x ".join(map(str, group.shape))
     note = f"{group.error:.2%}" if group.fallback is None else f"{group.error:.2%} (fallback: {group.fallback})"
     return group.name, group.scheme, shape, f"{group.bits:.3f}", f"{group.bytes:,}", note
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Align columns: the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:.2f} MiB"

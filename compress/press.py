@@ -2,8 +2,6 @@
 
 import json
 import math
-import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,36 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pressd.compress.encoding import encode
-from pressd.compress.passes.rtn import round_to_nearest
+from pressd.compress.companions import copy_companions
+from pressd.compress.cost import Clock
 from pressd.compress.plan import BlockPlan, GroupPlan, Plan, make_plan
+from pressd.compress.press_linear import press_linear
 from pressd.compress.quantization_config import artifact_config
 from pressd.compress.recipe import Recipe, read_recipe, recipe_of_scheme
 from pressd.compress.record import make_manifest
+from pressd.compress.report import make_report, this_machine, write_report
 from pressd.compress.reread import Reread
-from pressd.compress.rows import squared_norms
 from pressd.compress.staging import check_target, staged
 from pressd.compress.weights_writer import SHARD_BYTES, PlannedTensor, WeightsWriter
 from pressd.runtime.artifact import manifest as manifests
 from pressd.runtime.artifact.manifest import Manifest, PlannedGroup
 from pressd.runtime.artifact.reader import Checkpoint
-from pressd.runtime.artifact.schemes import LinearSpec, parse_scheme
-from pressd.runtime.kernels.integer_codes import dequantize
-
-# What a model directory holds besides weights and config.json: text in and out, and the terms of use.
-COMPANIONS = (
-    "tokenizer*",
-    "*.model",
-    "vocab.*",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template*",
-    "generation_config.json",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
+from pressd.runtime.artifact.schemes import parse_scheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +50,7 @@ def compress(
     `recipe` is a scheme's name, a path to a .toml file, or a recipe that has been read. `out` appears complete or not
     at all. Raises ValueError naming what is wrong, before anything is written if it can be known from headers.
     """
+    clock = Clock()
     source, out = Path(source), Path(out)
     recipe = _read(recipe)
     if out.resolve() == source.resolve():
@@ -78,12 +62,12 @@ def compress(
         ours = directory / manifests.FOLDER
         ours.mkdir()
         (ours / "recipe.toml").write_text(recipe.text, encoding="utf-8")
-        groups = _write_weights(checkpoint, plan, directory, progress or _silent, shard_bytes)
+        groups = _write_weights(checkpoint, plan, directory, progress or _silent, shard_bytes, clock)
         config = artifact_config(checkpoint.config, plan)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in _companions(source):
-            shutil.copyfile(source / name, directory / name)
+        copy_companions(source, directory)
         manifest = make_manifest(checkpoint, recipe, plan, groups, directory)
+        write_report(directory, make_report(manifest, clock.cost(), this_machine(manifest)))
         manifests.write_manifest(directory, manifest)
         # Proves that what was written is what a reader accepts; small artifacts are hashed once more on the way.
         Checkpoint.open(directory)
@@ -103,24 +87,30 @@ def _read(recipe: str | Path | Recipe) -> Recipe:
 
 
 def _write_weights(
-    source: Checkpoint, plan: Plan, directory: Path, progress: Callable[[BlockDone], None], shard_bytes: int
+    source: Checkpoint,
+    plan: Plan,
+    directory: Path,
+    progress: Callable[[BlockDone], None],
+    shard_bytes: int,
+    clock: Clock,
 ) -> tuple[PlannedGroup, ...]:
     """Stream every tensor through its pass into the weight files; a journal line per block."""
     done: list[PlannedGroup] = []
     with (
-        WeightsWriter(directory, list(_units(plan)), shard_bytes) as writer,
+        WeightsWriter(directory, list(planned_tensors(plan)), shard_bytes) as writer,
         (directory / manifests.FOLDER / "journal.jsonl").open("w", encoding="utf-8") as journal,
     ):
         reread = Reread(directory, writer)
         for number, block in enumerate(plan.blocks, start=1):
-            start = time.perf_counter()
-            groups = _press_block(source, plan, block, reread)
-            seconds = time.perf_counter() - start
-            line = {"block": block.block.name, "seconds": round(seconds, 3)}
-            journal.write(json.dumps(line | {"groups": [_journal_entry(group) for group in groups]}) + "\n")
+            name = block.block.name
+            with clock.block(name):
+                groups = _press_block(source, plan, block, reread, clock)
+            # How long it took is in the report: the journal of every run is the same.
+            entries = [_journal_entry(group) for group in groups]
+            journal.write(json.dumps({"block": name, "groups": entries}) + "\n")
             journal.flush()
             done += groups
-            progress(BlockDone(block=block.block.name, done=number, total=len(plan.blocks), seconds=seconds))
+            progress(BlockDone(block=name, done=number, total=len(plan.blocks), seconds=clock.seconds(name)))
     return tuple(done)
 
 
@@ -128,7 +118,7 @@ def _journal_entry(group: PlannedGroup) -> dict[str, object]:
     return {"name": group.name, "scheme": group.scheme, "error": group.error, "bytes": group.bytes}
 
 
-def _units(plan: Plan) -> Iterator[list[PlannedTensor]]:
+def planned_tensors(plan: Plan) -> Iterator[list[PlannedTensor]]:
     """Every tensor that will be written, in order; those of one linear stay together."""
     for block in plan.blocks:
         for group in block.groups:
@@ -141,8 +131,11 @@ def _units(plan: Plan) -> Iterator[list[PlannedTensor]]:
             yield [PlannedTensor(name=name, dtype=plan.dtype, shape=shape)]
 
 
-def _press_block(source: Checkpoint, plan: Plan, block: BlockPlan, reread: Reread) -> list[PlannedGroup]:
-    groups = [_press_group(source, plan, group, reread) for group in block.groups]
+def _press_block(source: Checkpoint, plan: Plan, block: BlockPlan, reread: Reread, clock: Clock) -> list[PlannedGroup]:
+    groups = []
+    for group in block.groups:
+        with clock.scheme(group.scheme):
+            groups.append(_press_group(source, plan, group, reread))
     for name in block.block.others:
         reread.write({name: _dense(source, name, plan.dtype)})
     return groups
@@ -151,9 +144,11 @@ def _press_block(source: Checkpoint, plan: Plan, block: BlockPlan, reread: Rerea
 def _press_group(source: Checkpoint, plan: Plan, group: GroupPlan, reread: Reread) -> PlannedGroup:
     lost = total = 0.0
     for prefix, spec in group.specs.items():
-        tensors, norms = _press_linear(source, prefix, spec, plan.dtype)
+        name = f"{prefix}.weight"
+        tensors, norms = press_linear(source.tensor(name), _dense(source, name, plan.dtype), spec)
         lost, total = lost + norms[0], total + norms[1]
-        reread.write({f"{prefix}.{suffix}": tensor for suffix, tensor in tensors.items()}, prefix, spec)
+        named = {f"{prefix}.{suffix}": tensor for suffix, tensor in tensors.items()}
+        reread.write(named, pressed=not spec.is_dense)
     stored = group.stored_bytes(plan.dtype)
     return PlannedGroup(
         name=group.group.name,
@@ -166,19 +161,6 @@ def _press_group(source: Checkpoint, plan: Plan, group: GroupPlan, reread: Rerea
         fallback=None,
         bytes=stored,
     )
-
-
-def _press_linear(
-    source: Checkpoint, prefix: str, spec: LinearSpec, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], tuple[float, float]]:
-    """Return the tensors to store, and the squared norms of what was lost and of the weight."""
-    original = source.tensor(f"{prefix}.weight")
-    weight = _dense(source, f"{prefix}.weight", dtype)
-    if spec.storage == "dense":
-        return {"weight": weight}, squared_norms(original, lambda rows, wide: weight[rows].to(wide))
-    codes, scale = round_to_nearest(weight, spec)
-    norms = squared_norms(original, lambda rows, wide: dequantize(codes[rows], scale[rows], wide))
-    return encode(codes, scale, spec), norms
 
 
 def _dense(source: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
@@ -196,8 +178,3 @@ def _dense(source: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
 
 def _is_finite(tensor: Tensor) -> bool:
     return all(math.isfinite(extreme) for extreme in tensor.aminmax())  # both are NaN if anything is
-
-
-def _companions(source: Path) -> list[str]:
-    found = {path.name for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()}
-    return sorted(found)

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-_PIECE_NUMBERS = 1 << 20
+PIECE_NUMBERS = 1 << 20
 
 
 def row_slices(weight: Tensor) -> Iterator[slice]:
     """Yield slices that together are all rows of `weight` [rows, columns], each of about a million numbers."""
-    step = max(1, _PIECE_NUMBERS // weight.size(1))
+    step = max(1, PIECE_NUMBERS // weight.size(1))
     for start in range(0, weight.size(0), step):
         yield slice(start, start + step)
 

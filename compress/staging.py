@@ -1,10 +1,13 @@
 """A directory appears complete or not at all: it is made beside its place under another name, then moved there."""
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 from pressd.runtime.artifact.errors import ArtifactError
 from pressd.runtime.artifact.manifest import FOLDER, is_artifact, read_manifest
@@ -43,6 +46,18 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     stray = _stray(out)
     if stray is not None:
         raise ValueError(f"{stray} is not part of the artifact beside it; move it away, or give another directory")
+
+
+def leftovers(out: Path) -> list[Path]:
+    """Return what runs for `out` that were killed have left beside it: unfinished, and nobody's any more."""
+    found = sorted(out.parent.glob(f"{glob.escape(out.name)}.partial-*"))
+    return [path for path in found if not psutil.pid_exists(_pid(path))]
+
+
+def _pid(partial: Path) -> int:
+    """Number of the process that makes it; our own, which exists, if the name is somebody else's."""
+    number = partial.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else os.getpid()
 
 
 def _has_content(path: Path) -> bool:

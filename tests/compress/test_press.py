@@ -33,7 +33,7 @@ def test_the_directory_is_complete(tiny_llama: Path, tmp_path: Path) -> None:
     assert manifest.files.keys() == kept | {"config.json", WEIGHTS}
     found = contents(tmp_path / "out")
     assert found.keys() == manifest.files.keys() | {
-        f"pressd/{name}" for name in ("manifest.json", "recipe.toml", "journal.jsonl")
+        f"pressd/{name}" for name in ("manifest.json", "report.json", "recipe.toml", "journal.jsonl")
     }
     for name in kept:
         assert found[name] == (source / name).read_bytes()
@@ -83,6 +83,7 @@ def test_there_is_a_journal_line_and_a_call_per_block(tiny_llama: Path, tmp_path
     ]
     lines = [json.loads(line) for line in (tmp_path / "out/pressd/journal.jsonl").read_text().splitlines()]
     assert [line["block"] for line in lines] == [block.block for block in told]
+    assert {tuple(line) for line in lines} == {("block", "groups")}
     assert [group["name"] for line in lines for group in line["groups"]] == [group.name for group in manifest.plan]
 
 
@@ -93,8 +94,8 @@ def test_two_runs_give_the_same_bytes(tiny_llama: Path, shard_bytes: int, tmp_pa
         compress(tiny_llama, "w5a16g32", tmp_path / name, shard_bytes=shard_bytes)
         runs.append(contents(tmp_path / name))
     assert runs[0].keys() == runs[1].keys()
-    # The journal says how long each block took.
-    assert [name for name in runs[0] if runs[0][name] != runs[1][name]] in ([], ["pressd/journal.jsonl"])
+    # The report says how long each block took.
+    assert [name for name in runs[0] if runs[0][name] != runs[1][name]] in ([], ["pressd/report.json"])
 
 
 @pytest.mark.parametrize("scheme", ["bf16", "w8a8", "w3a16g32"])

@@ -1,13 +1,16 @@
 """Where an artifact may appear, and what becomes of what is there already."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from pressd.compress import compress
 from pressd.compress.press import BlockDone
-from pressd.compress.staging import staged
+from pressd.compress.staging import leftovers, staged
 from pressd.runtime.artifact.manifest import read_manifest
 
 
@@ -116,3 +119,12 @@ def test_the_old_artifact_returns_if_the_new_one_cannot_take_its_place(
         (directory / "file").touch()
     assert read_manifest(artifact) == before
     assert names(artifact.parent) == ["out"]
+
+
+def test_what_a_killed_run_left_is_found_and_nothing_else(tmp_path: Path) -> None:
+    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    gone = tmp_path / f"out[1].partial-{int(child.stdout)}"
+    for path in (gone, tmp_path / f"out[1].partial-{os.getpid()}", tmp_path / "out[1].partial-mine", tmp_path / "out1"):
+        path.mkdir()
+    assert leftovers(tmp_path / "out[1]") == [gone]
+    assert leftovers(tmp_path / "out") == []

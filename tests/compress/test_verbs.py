@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from pressd.compress import evaluate, verbs
+from pressd.compress.convert import DTYPES
+from pressd.compress.progress import ProgressLine
 from pressd.runtime.artifact.manifest import read_manifest
+from pressd.runtime.artifact.reader import Checkpoint
 
 
 def run(*words: str | Path) -> int:
@@ -125,30 +128,119 @@ def test_verify_reads_foreign_headers(tiny_llama: Path, capsys: pytest.CaptureFi
     assert "headers agree with config.json" in capsys.readouterr().out
 
 
-def test_verbs_that_read_no_weights_import_no_torch(pressed: Path, tmp_path: Path) -> None:
+def test_plan_shows_what_compress_then_writes(
+    tiny_llama_tied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'source = "{tiny_llama_tied}"\n[scheme]\n"*" = "w3a16g32"\n"lm_head" = "w8a16"\n')
+    assert run("plan", "--recipe", recipe) == 0
+    shown = capsys.readouterr()
+    assert run("compress", "-o", tmp_path / "out", "--recipe", recipe) == 0
+    written = capsys.readouterr().out.removeprefix(f"{tmp_path / 'out'}: ")
+    assert "layers.0-1.gate_up  w3a16g32  320 x 64" in shown.out
+    assert written in shown.out  # the line of sizes, to the digit
+    assert "the head is no longer the embedding" in shown.out
+    assert "measured now on samples" in shown.out
+    assert shown.err.startswith("warning: w3a16g32: ")
+    assert shown.err.count("\n") == 1
+
+
+def test_plan_prints_one_object(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", tiny_llama, "-s", "w2a16", "--json") == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert captured.err == ""
+    assert len(found["warnings"]) == 1
+    assert found["totals"]["params"] == 98_752
+    assert found["time"]["compute_seconds"] > 0
+    assert found["memory"]["process_bytes"] > 100 << 20  # torch is in it
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_refuses_as_compress_does(tiny_llama: Path, pressed: Path) -> None:
+    with pytest.raises(ValueError, match="is pressed already; press the dense checkpoint it was made from"):
+        run("plan", pressed, "-s", "w8a8")
+    with pytest.raises(ValueError, match="scheme 'w9a16' is not known; choose one of"):
+        run("plan", tiny_llama, "-s", "w9a16")
+    with pytest.raises(ValueError, match="in_features 64 is not a multiple of group size 128"):
+        run("plan", tiny_llama, "-s", "w4a16g128")
+    with pytest.raises(ValueError, match="there is no source; give SOURCE"):
+        run("plan", "-s", "w8a8")
+
+
+def test_compare_shows_rows_and_draws(
+    tiny_llama: Path, pressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "TOKENS", 128)
+    data = tmp_path / "text.txt"
+    data.write_text("import this\n" * 50)
+    assert run("compress", tiny_llama, "-o", tmp_path / "eight", "-s", "w8a8") == 0
+    for artifact in (pressed, tmp_path / "eight"):
+        assert run("eval", artifact, "--data", data, "--tokens", "128", "--seq-len", "64") == 0
+    capsys.readouterr()
+    assert run("compare", pressed, tmp_path / "eight", "--png", tmp_path / "front.png") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:3]] == [["out", "w4a16g32"], ["eight", "w8a8"]]
+    assert [line.split()[-1] for line in lines[1:3]] == ["*", "*"]
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert run("compare", pressed, tmp_path / "eight", "--json") == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["out", "eight"]
+
+
+def test_convert_says_what_is_left_behind(
+    tiny_llama: Path, pressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("convert", pressed, "--to", "dense", "-o", tmp_path / "dense") == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{tmp_path / 'dense'}: 0.38 MiB of weights in float32\n"
+    assert captured.err == "4/4 head\n"
+    assert run("compress", tiny_llama, "-o", tmp_path / "eight", "-s", "w8a8") == 0
+    capsys.readouterr()
+    out = tmp_path / "narrow"
+    assert run("convert", tmp_path / "eight", "--to", "dense", "-o", out, "--dtype", "bfloat16") == 0
+    assert "the rounding of activations is dropped" in capsys.readouterr().err
+    assert Checkpoint.open(out).torch_dtype == DTYPES["bfloat16"]
+    assert tuple(DTYPES) == verbs.DTYPES
+
+
+def test_convert_to_something_else_is_wrong_usage(
+    pressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run("convert", pressed, "--to", "gptq", "-o", tmp_path / "x")
+    assert caught.value.code == 2
+    assert "invalid choice: 'gptq'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["compare", "inspect", "plan --help", "convert --help", "compress --help"])
+def test_verbs_that_read_no_weights_import_no_torch(pressed: Path, verb: str, tmp_path: Path) -> None:
     program = (
         "import argparse, sys\n"
         "from pressd.compress import verbs\n"
         "parser = argparse.ArgumentParser()\n"
         "verbs.add_parsers(parser.add_subparsers())\n"
-        "args = parser.parse_args(sys.argv[1:])\n"
-        "code = args.run(args)\n"
+        "try:\n"
+        "    args = parser.parse_args(sys.argv[1:])\n"
+        "    code = args.run(args)\n"
+        "except SystemExit as end:\n"
+        "    code = end.code\n"
         "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()\n"
         "sys.exit(code)\n"
     )
-    subprocess.run([sys.executable, "-c", program, "inspect", pressed], check=True, cwd=tmp_path)
+    words = [*verb.split(), *([] if "--help" in verb else [pressed])]
+    subprocess.run([sys.executable, "-c", program, *words], check=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
 
 
 def test_progress_is_sparse_in_a_log_and_one_line_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter([0.0, 1.0, 5.5, 6.0, 7.0])
-    progress = verbs._Progress(clock=lambda: next(times))
+    progress = ProgressLine(clock=lambda: next(times))
     for done in (1, 2, 3, 4):
         progress.tell("work", done, 4)
     assert capsys.readouterr().err == "2/4 work\n4/4 work\n"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    progress = verbs._Progress(clock=lambda: 0.0)
+    progress = ProgressLine(clock=lambda: 0.0)
     for done in (1, 2):
         progress.tell("work", done, 2)
     assert capsys.readouterr().err == "\r\x1b[K1/2 work\r\x1b[K2/2 work\n"

@@ -1,0 +1,85 @@
+"""What pressing cost, and on which machine: all that differs between two runs of one recipe. No torch."""
+
+import contextlib
+import os
+import platform
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Wall seconds in all, per block and per scheme; `peak_rss_bytes` is of the process since it started."""
+
+    wall_seconds: float
+    peak_rss_bytes: int
+    blocks: dict[str, float]
+    schemes: dict[str, float]
+
+
+class Clock:
+    """Collects wall seconds from its making on: per block, and inside of blocks per scheme."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._start = now()
+        self._blocks: dict[str, float] = {}
+        self._schemes: defaultdict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def block(self, name: str) -> Iterator[None]:
+        """Time one block."""
+        start = self._now()
+        yield
+        self._blocks[name] = self._now() - start
+
+    @contextlib.contextmanager
+    def scheme(self, name: str) -> Iterator[None]:
+        """Time one group of this scheme."""
+        start = self._now()
+        yield
+        self._schemes[name] += self._now() - start
+
+    def seconds(self, block: str) -> float:
+        """Seconds of a block that is done."""
+        return self._blocks[block]
+
+    def cost(self) -> Cost:
+        """What was spent until now."""
+        return Cost(
+            wall_seconds=self._now() - self._start,
+            peak_rss_bytes=peak_rss_bytes(),
+            blocks=dict(self._blocks),
+            schemes=dict(self._schemes),
+        )
+
+
+def peak_rss_bytes(status: Path = Path("/proc/self/status")) -> int:
+    """Most memory that this process ever had resident, mapped files included.
+
+    The kernel's VmHWM, where it tells it: getrusage also counts the parent that the process was started from.
+    """
+    with contextlib.suppress(OSError):
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor as the kernel names it, else as the platform does."""
+    with contextlib.suppress(OSError):
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))

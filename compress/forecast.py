@@ -1,0 +1,151 @@
+"""What pressing will give and take, from a checkpoint's headers and a recipe: sizes exactly, memory and time estimated.
+
+Sizes are those of the files that pressing would write, to the byte. No weights are read.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pressd.compress.memory import peak_bytes
+from pressd.compress.plan import GroupPlan, Plan
+from pressd.compress.press import planned_tensors
+from pressd.compress.rates import Rates, work
+from pressd.compress.weights_writer import SHARD_BYTES, WeightsWriter
+from pressd.runtime.artifact.families import LM_HEAD
+from pressd.runtime.artifact.manifest import Totals
+from pressd.runtime.artifact.reader import HASH_BELOW_BYTES, Checkpoint
+
+# What is freed stays on the heap for the next piece: as much again as was held, up to where glibc gives memory back
+# (twice its largest mmap threshold of 32 MiB).
+ALLOCATOR_KEEPS = 64 << 20
+# Rounding to nearest at so few bits has been seen to ruin models: OPT-175B at 3 bits (perplexity 7,300: Frantar et al.
+# 2022, https://arxiv.org/abs/2210.17323), Llama-3-70B at 4 bits per channel (1e5: Liu et al. 2024,
+# https://arxiv.org/abs/2405.16406).
+_RISKY_BITS = 3
+_RISKY_BITS_PER_CHANNEL = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupForecast:
+    """One fused group as it will be stored; `bits` are stored bits per weight."""
+
+    name: str
+    members: tuple[str, ...]
+    scheme: str
+    shape: tuple[int, int]
+    bits: float
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes: the process before pressing (measured), what pressing holds at most, what the allocator keeps for reuse.
+
+    On top of these, pages of the source that are mapped; the system takes them back when it needs them.
+    """
+
+    process_bytes: int
+    working_bytes: int
+    allocator_bytes: int
+    mapped_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Duration:
+    """Seconds of computing at `rates`, which were measured now; the disk's time comes on top."""
+
+    compute_seconds: float
+    read_bytes: int
+    written_bytes: int
+    rates: Rates
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What `pressd plan` says. `untied_bytes` is what storing a tied head apart from the embedding adds."""
+
+    source: str
+    groups: tuple[GroupForecast, ...]
+    totals: Totals
+    untied_bytes: int
+    memory: Memory
+    time: Duration
+    warnings: tuple[str, ...]
+
+
+def make_forecast(source: Checkpoint, plan: Plan, rates: Rates, process_bytes: int) -> Forecast:
+    """Return what pressing `source` by `plan` will give and take."""
+    writer = WeightsWriter(Path(), list(planned_tensors(plan)), SHARD_BYTES)
+    written = sum(writer.file_bytes.values())
+    working = peak_bytes(plan, source.torch_dtype, writer.file_of)
+    memory = Memory(
+        process_bytes=process_bytes,
+        working_bytes=working,
+        allocator_bytes=min(working, ALLOCATOR_KEEPS),
+        mapped_bytes=source.artifact_bytes,
+    )
+    linears = ((group.scheme, spec) for group in plan.groups() for spec in group.specs.values())
+    computing = sum(rates.seconds_per_work[scheme] * work(spec) for scheme, spec in linears)
+    # Every file is digested for the manifest; a small artifact once more when it is opened to prove that it can be.
+    hashed = source.artifact_bytes + written * (2 if written < HASH_BELOW_BYTES else 1)
+    return Forecast(
+        source=str(source.path),
+        groups=tuple(_group(group, plan) for group in plan.groups()),
+        totals=_totals(source, plan, written),
+        untied_bytes=_untied_bytes(plan),
+        memory=memory,
+        time=Duration(
+            compute_seconds=computing + hashed * rates.seconds_per_hashed_byte,
+            read_bytes=source.artifact_bytes,
+            written_bytes=written,
+            rates=rates,
+        ),
+        warnings=tuple(_warnings(plan)),
+    )
+
+
+def _group(group: GroupPlan, plan: Plan) -> GroupForecast:
+    stored = group.stored_bytes(plan.dtype)
+    return GroupForecast(
+        name=group.group.name,
+        members=tuple(group.specs),
+        scheme=group.scheme,
+        shape=group.group.shape,
+        bits=8 * stored / math.prod(group.group.shape),
+        bytes=stored,
+    )
+
+
+def _totals(source: Checkpoint, plan: Plan, written: int) -> Totals:
+    pressed = [group for group in plan.groups() if group.is_pressed]
+    bits = sum(8 * group.stored_bytes(plan.dtype) for group in pressed)
+    weights = sum(math.prod(group.group.shape) for group in pressed)
+    dense = source.model.num_params * source.torch_dtype.itemsize
+    return Totals(
+        params=source.model.num_params,
+        dense_bytes=dense,
+        bytes=written,
+        ratio=dense / written,
+        bpw=bits / weights if weights else None,
+    )
+
+
+def _untied_bytes(plan: Plan) -> int:
+    heads = (group.stored_bytes(plan.dtype) for group in plan.groups() if group.group.name == LM_HEAD)
+    return sum(heads) if plan.unties else 0
+
+
+def _warnings(plan: Plan) -> Iterator[str]:
+    """One line per scheme that has been seen to ruin models, and what to do."""
+    for scheme, spec in {group.scheme: next(iter(group.specs.values())) for group in plan.groups()}.items():
+        leaves = [leaf for _, leaf in spec.leaves() if not leaf.is_dense]
+        bits = min((leaf.bits for leaf in leaves), default=16)
+        per_channel = any(leaf.group_size is None and leaf.bits <= _RISKY_BITS_PER_CHANNEL for leaf in leaves)
+        if bits <= _RISKY_BITS or per_channel:
+            what = f"{bits} bits" + (" per channel" if per_channel else "")
+            yield (
+                f"{scheme}: weights rounded to nearest at {what} can ruin a model; measure it with `pressd eval`, set "
+                f"[gates] in a recipe, or take 4 bits in groups"
+            )
