@@ -5,13 +5,17 @@ EDITABLE := --config-settings editable_mode=strict -e '.[dev]'
 # Strict editable mode links file by file, so that type checkers see the mapped folders; hence a new file needs a new link.
 LINKED := find server runtime compress protos \( -name '*.py' ! -name '*_pb2*.py' -o -name '*.proto' \)
 METADATA := pyproject.toml constraints.txt
+GPU_DEVICE ?= cuda
+GPU_PYTHON_VERSION ?= 3.12
 
-.PHONY: help demo test check dev clean
+.PHONY: help demo test check gpu-bundle gpu dev clean
 
 help:
 	@echo 'make demo    press the example model, serve it, stream from it, print what it costs (sets up .venv by itself)'
 	@echo 'make test    the default test suite, under 15 minutes on two cores'
 	@echo 'make check   ruff and mypy --strict'
+	@echo 'make gpu-bundle   collect the wheels that a GPU machine without a network needs, into build/gpu-bundle'
+	@echo 'make gpu          there: install them beside its own Python, run the GPU tests and measure (GPU_DEVICE=cpu: a dry run)'
 	@echo 'make dev     install into .venv; does nothing while the list of files is unchanged'
 	@echo 'make clean   remove .venv and build'
 
@@ -25,6 +29,13 @@ check: dev
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+
+gpu-bundle: dev
+	@$(BIN)/python tests/gpu/bundle.py --python $(GPU_PYTHON_VERSION)
+
+# With the machine's own Python and PyTorch: no `dev`, no .venv. GPU_BENCH holds options of tests/bench/gpu.py.
+gpu:
+	@$(PYTHON) tests/gpu/run.py --device $(GPU_DEVICE) -- $(GPU_BENCH)
 
 dev:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "pressd needs Python >= 3.11; try: make PYTHON=python3.12 ...")'
