@@ -1,7 +1,6 @@
 """Press the example model, measure what that cost, serve it, stream from it, stop. Every number shown is measured here.
 
-python examples/demo.py              # what `make demo` runs
-python examples/demo.py --markdown   # the table of README.md on stdout, everything else on stderr
+python examples/demo.py   # what `make demo` runs
 """
 
 import argparse
@@ -209,7 +208,7 @@ def side_by_side(left: Completion, right: Completion, width: int = 56) -> Iterat
 
 
 def quality_cells(model: Pressed) -> list[str]:
-    """The columns of README.md."""
+    """Size and fidelity."""
     return [
         model.scheme,
         f"{model.weight_bytes / MIB:.2f}",
@@ -236,15 +235,8 @@ def table(models: list[Pressed], served: list[Served]) -> Iterator[str]:
         yield "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
 
 
-def markdown(models: list[Pressed], tokens: int) -> Iterator[str]:
-    """Lines of the table in README.md."""
-    rows = [QUALITY_HEADS, ["---", *["---:"] * (len(QUALITY_HEADS) - 1)], *map(quality_cells, models)]
-    yield from (f"| {' | '.join(row)} |" for row in rows)
-    yield f"\nMeasured on {tokens:,} held-out tokens of the standard library of Python {sys.version.split()[0]}."
-
-
-def demonstrate(tokens: int) -> list[Pressed]:
-    """Every step, told on stdout; returns the lines of the table."""
+def demonstrate(tokens: int) -> None:
+    """Every step, told on stdout."""
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     models: list[Pressed] = []
@@ -268,7 +260,6 @@ def demonstrate(tokens: int) -> list[Pressed]:
     print(*(f"  {line}" for line in lines if line.startswith(RAW_METRICS)), sep="\n")
     print("\nwhat it cost")
     print(*table(models, served), sep="\n")
-    return models
 
 
 def main() -> int:
@@ -277,22 +268,18 @@ def main() -> int:
     parser.add_argument(
         "--tokens", type=int, default=16384, help="held-out tokens to measure on (default: %(default)s)"
     )
-    parser.add_argument("--markdown", action="store_true", help="print the table of README.md on stdout")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the servers on the way out
     began = time.monotonic()
     try:
-        with contextlib.redirect_stdout(sys.stderr if arguments.markdown else sys.stdout):
-            models = demonstrate(arguments.tokens)
-            print(f"\ndone in {time.monotonic() - began:.0f} s; the artifacts are in {OUT.relative_to(ROOT)}")
+        demonstrate(arguments.tokens)
+        print(f"\ndone in {time.monotonic() - began:.0f} s; the artifacts are in {OUT.relative_to(ROOT)}")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
     except (DemoError, CallError, ValueError, OSError, subprocess.TimeoutExpired) as error:
         print(f"demo failed: {last_line(str(error))}", file=sys.stderr)
         return 1
-    if arguments.markdown:
-        print(*markdown(models, arguments.tokens), sep="\n")
     return 0
 
 
