@@ -8,6 +8,7 @@ from pressd.runtime.kernels.registry import Device, LinearProblem, Tensors, desc
 from pressd.runtime.kernels.widened import matmul_rows, tile_dtype
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+PRODUCT_COLUMNS = 16
 MAX_INT32_COLUMNS = (2**31 - 1) // (255 * 128)  # unsigned times signed bytes, summed up
 
 
@@ -34,7 +35,7 @@ def run(x: torch.Tensor, packed: Tensors, problem: LinearProblem) -> torch.Tenso
         x, x_scale = quantize_activations(x)
     if x.size(0) == 0:
         products = torch.empty(0, problem.out_features)
-    elif problem.dtype == torch.bfloat16 and x.size(0) <= few_rows(f"int8 codes a{problem.activation_bits}"):
+    elif _takes_product_of_few(x, problem):
         # Scales multiply the sums afterwards: codes, of weights and activations, are exact in every type.
         ones = torch.ones(problem.out_features, dtype=torch.bfloat16)
         products = torch._weight_int8pack_mm(x.to(torch.bfloat16), codes, ones).float()
@@ -48,6 +49,13 @@ def run(x: torch.Tensor, packed: Tensors, problem: LinearProblem) -> torch.Tenso
         products = matmul_rows(x, problem.out_features, tile_dtype(problem.dtype), widen)
     products.mul_(packed["scale"].T)
     return (products if x_scale is None else products.mul_(x_scale)).to(problem.dtype)
+
+
+def _takes_product_of_few(x: torch.Tensor, problem: LinearProblem) -> bool:
+    """Whether few rows meet the codes in PyTorch's product, which reads past their end unless 16 divides a row."""
+    if problem.dtype != torch.bfloat16 or problem.in_features % PRODUCT_COLUMNS:
+        return False
+    return x.size(0) <= few_rows(f"int8 codes a{problem.activation_bits}")
 
 
 def rows(ids: torch.Tensor, packed: Tensors, problem: LinearProblem) -> torch.Tensor:

@@ -55,9 +55,10 @@ class LinearKernel:
     """An implementation of one storage format.
 
     `why_not(problem, device)` is None when it can serve the problem. `pack(tensors, problem, device)` lays the stored
-    tensors out once; what it returns is all the memory the layer keeps. `run(x, packed, problem)` maps [T, in] to
-    [T, out] in the problem's dtype, for any T including zero. `rows(ids, packed, problem)` decodes the rows of W at ids
-    int64 [T] to [T, in] in the problem's dtype, for embeddings; None where the packed layout has no way to its rows.
+    tensors out once; what it returns is all the memory the layer keeps. `run(x, packed, problem)` maps x [T, in],
+    contiguous, to [T, out] in the problem's dtype, for any T including zero. `rows(ids, packed, problem)` decodes the
+    rows of W at ids int64 [T] to [T, in] in the problem's dtype, for embeddings; None where the packed layout has no
+    way to its rows.
     """
 
     name: str

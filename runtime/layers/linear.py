@@ -56,7 +56,8 @@ class ChainLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         parts = torch.split(self.first(x), list(self.ranks), dim=-1)
-        return torch.cat([second(part) for second, part in zip(self.seconds, parts, strict=True)], dim=-1)
+        outputs = [second(part.contiguous()) for second, part in zip(self.seconds, parts, strict=True)]
+        return torch.cat(outputs, dim=-1)
 
     def tensors(self) -> list[torch.Tensor]:
         return [tensor for layer in (self.first, *self.seconds) for tensor in layer.tensors()]

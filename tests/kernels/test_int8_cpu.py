@@ -78,3 +78,33 @@ def test_without_vnni_floating_point_takes_over() -> None:
     plain = replace(CPU, features=frozenset({"avx2"}))
     assert cpu.PREPACKED.why_not(PROBLEM, plain) == "this CPU has no VNNI: its int8 products saturate at 16 bits"
     assert cpu.BYTES.why_not(PROBLEM, plain) is None
+
+
+@pytest.mark.parametrize("in_features", [7, 24, 32, 40, 160])
+def test_pytorchs_product_gets_what_it_can_read(in_features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads whole vectors: past the end of codes in rows that 16 does not divide, and from multiples of 16 bytes.
+
+    Both are the end of a process, but only if nothing is mapped there: so what it is given is looked at instead.
+    """
+    given = []
+
+    def look(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        given.append((codes.data_ptr() % 16, codes.size(1) % 16))
+        return product(x, codes, scale)
+
+    product = torch._weight_int8pack_mm
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", look)
+    problem = replace(PROBLEM, out_features=64, in_features=in_features, dtype=torch.bfloat16)
+    buffer = torch.randint(-127, 128, (64 * in_features + 64,), generator=torch.Generator().manual_seed(0))
+    buffer = buffer.to(torch.int8)
+    start = -buffer.data_ptr() % 16 + 8  # as a file's tensors may lie when they are mapped
+    codes = buffer[start : start + 64 * in_features].view(64, in_features)
+    packed = cpu.BYTES.pack(int8.encode(codes, torch.ones(64, 1)), problem, CPU)
+    for rows in (1, 4, 5, 8):
+        x = torch.randint(-127, 128, (rows, in_features)).bfloat16()
+        x[:, 0] = 127
+        expected = x.double() @ codes.double().T
+        # Activations are rounded by a scale of 127 / 127.5, half a code each; the result to bfloat16.
+        bound = 0.5 * codes.double().abs().sum(1) + 2**-8 * expected.abs()
+        assert bool(((cpu.BYTES.run(x, packed, problem).double() - expected).abs() <= bound).all())
+    assert set(given) == (set() if in_features % 16 else {(0, 0)})

@@ -102,6 +102,27 @@ def with_biases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose factors of rank 32 and groups of 32 fast kernels take."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=256,
+        dtype="bfloat16",
+    )
+    path = tmp_path_factory.mktemp("wide")
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
 @pytest.mark.parametrize(
     ("scheme", "kind"),
     [
@@ -139,6 +160,27 @@ def test_a_layer_computes_what_its_tensors_decode_to(
             expected = x @ weight.T + checkpoint.tensor(f"{member.prefix}.bias").double()
             # float64 throughout, but for the products of two factors that a chain never forms.
             torch.testing.assert_close(columns, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scheme", ["lowrank32:w4a16g32", "lowrank32:w8a8", "w4a16g32+residual3", "sparse24:w4a16g32"])
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 100])
+def test_every_layer_takes_any_number_of_rows_in_the_types_that_are_served(
+    wide_llama: Path, scheme: str, rows: int, tmp_path: Path
+) -> None:
+    """Factors of a fused group are parts of one output, side by side: what a kernel gets must not show that."""
+    compress(wide_llama, scheme, tmp_path / "out")
+    decoder = load_decoder(Checkpoint.open(tmp_path / "out"), device=CPU, dtype=torch.bfloat16)
+    exact = load_decoder(Checkpoint.open(tmp_path / "out"), device=CPU, dtype=torch.float64, prefer="reference")
+    x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(rows)).bfloat16()
+    for layer, reference in (
+        (decoder.blocks[0].attention.qkv, exact.blocks[0].attention.qkv),
+        (decoder.blocks[0].mlp.gate_up, exact.blocks[0].mlp.gate_up),
+    ):
+        y, expected = layer(x).double(), reference(x.double())
+        assert y.shape == expected.shape
+        # A few roundings to bfloat16 (2^-9 each) on the way, and with int8 activations some of them a code further (one
+        # of 127): a tenth of the whole would be a wrong weight.
+        assert float((y - expected).norm()) <= 0.03 * float(expected.norm())
 
 
 @pytest.mark.parametrize("rules", ['"embed" = "w8a16"', '"embed" = "w4a16g32"', '"*" = "w8a16"\n"embed" = "w3a16"'])

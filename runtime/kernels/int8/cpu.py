@@ -74,7 +74,9 @@ def _run_prepacked(x: torch.Tensor, packed: Tensors, problem: LinearProblem) -> 
 
 
 def _pack_codes(tensors: Tensors, problem: LinearProblem, device: Device) -> Tensors:
-    return {"codes": tensors["weight"].contiguous(), "scale": tensors["weight_scale"]}
+    # A copy: what is mapped from a file lies where the file has it, and PyTorch's product wants multiples of 16.
+    codes = tensors["weight"].clone(memory_format=torch.contiguous_format)
+    return {"codes": codes, "scale": tensors["weight_scale"]}
 
 
 PREPACKED = LinearKernel(
