@@ -64,6 +64,8 @@ class Comparison:
 def compare(artifacts: Sequence[str]) -> Comparison:
     """Read the manifests of `artifacts`; raises ValueError for a directory that is not one of ours."""
     manifests = [read(path) for path in artifacts]
+    for path, manifest in zip(artifacts, manifests, strict=True):
+        _check_quality(path, manifest)
     names = _names(artifacts)
     protocols = [_protocol(manifest) for manifest in manifests]
     # The first of those that are most frequent: Counter keeps the order of arrival.
@@ -88,7 +90,7 @@ def compare(artifacts: Sequence[str]) -> Comparison:
 
 def comparison_json(comparison: Comparison) -> str:
     """Return a comparison as one JSON object."""
-    return json.dumps(dataclasses.asdict(comparison), indent=2)
+    return json.dumps(dataclasses.asdict(comparison), indent=2, allow_nan=False)
 
 
 def show_comparison(comparison: Comparison) -> str:
@@ -105,6 +107,21 @@ def _names(artifacts: Sequence[str]) -> list[str]:
     short = [Path(path).resolve().name for path in artifacts]
     counts = Counter(short)
     return [name if counts[name] == 1 else path for name, path in zip(short, artifacts, strict=True)]
+
+
+def _check_quality(path: str, manifest: Manifest) -> None:
+    """A manifest's measurement is a free object: what is read of it here must be there."""
+    quality = manifest.quality
+    data = quality.get("data")
+    wanted = {"sha256": str, "tokens": int, "seq_len": int, "name": str, "split": str}
+    whole = (
+        isinstance(data, dict)
+        and all(isinstance(data.get(key), kind) for key, kind in wanted.items())
+        and isinstance(quality.get("source"), str)
+        and isinstance(quality.get("ppl_source"), int | float)
+    )
+    if quality and not whole:
+        raise ValueError(f"{path}: the measurement in its manifest is not whole; run `pressd eval {path}`")
 
 
 def _protocol(manifest: Manifest) -> Protocol | None:
@@ -144,7 +161,8 @@ def _row(name: str, path: str, manifest: Manifest, *, comparable: bool) -> Row:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    """A number of a measurement; what is not finite has no place in a comparison, nor in JSON."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _is_on_front(row: Row, rows: Sequence[Row]) -> bool:

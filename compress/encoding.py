@@ -5,7 +5,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from pressd.runtime.artifact.specs import Chain, LinearSpec, Masked, Packed, Sum
+from pressd.runtime.artifact.specs import Chain, LinearSpec, Masked, Packed, Sum, child_tensors
 from pressd.runtime.kernels.dense import format as dense
 from pressd.runtime.kernels.int8 import format as int8
 from pressd.runtime.kernels.mask import format as mask
@@ -26,30 +26,26 @@ def decode(tensors: dict[str, Tensor], spec: LinearSpec, dtype: torch.dtype) -> 
         case Packed():
             return _decode_packed(tensors, spec, dtype)
         case Masked():
-            values = _decode_packed(part(tensors, "values"), spec.values, dtype)
+            values = _decode_packed(child_tensors(tensors, "values"), spec.values, dtype)
             return mask.expand(values, mask.unpack(tensors["mask"], spec.in_features))
         case Chain():
             wide = torch.promote_types(dtype, torch.float32)
-            factors = (_decode_packed(part(tensors, name), leaf, wide) for name, leaf in (("a", spec.a), ("b", spec.b)))
+            factors = (
+                _decode_packed(child_tensors(tensors, name), leaf, wide)
+                for name, leaf in (("a", spec.a), ("b", spec.b))
+            )
             a, b = factors
             return (a @ b).to(dtype)
         case Sum():
             wide = torch.promote_types(dtype, torch.float32)
-            base = decode(part(tensors, "base"), spec.base, wide)
-            return (base + decode(part(tensors, "residual"), spec.residual, wide)).to(dtype)
+            base = decode(child_tensors(tensors, "base"), spec.base, wide)
+            return (base + decode(child_tensors(tensors, "residual"), spec.residual, wide)).to(dtype)
         case _:
             assert_never(spec)
 
 
-def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return the tensors of one child, by their suffixes below it."""
-    return {
-        suffix.removeprefix(f"{name}."): tensor for suffix, tensor in tensors.items() if suffix.startswith(f"{name}.")
-    }
-
-
 def whole(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return a child's tensors by their suffixes in its parent: the inverse of `part`."""
+    """Return a child's tensors by their suffixes in its parent: the inverse of `child_tensors`."""
     return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 

@@ -12,6 +12,7 @@ from pressd.compress.memory import peak_bytes
 from pressd.compress.plan import GroupPlan, Plan
 from pressd.compress.press import planned_tensors
 from pressd.compress.rates import Rates, work
+from pressd.compress.record import totals
 from pressd.compress.weights_writer import SHARD_BYTES, WeightsWriter
 from pressd.runtime.artifact.families import LM_HEAD
 from pressd.runtime.artifact.manifest import Totals
@@ -93,7 +94,7 @@ def make_forecast(source: Checkpoint, plan: Plan, rates: Rates, process_bytes: i
     return Forecast(
         source=str(source.path),
         groups=tuple(_group(group, plan) for group in plan.groups()),
-        totals=_totals(source, plan, written),
+        totals=totals(source, plan, written),
         untied_bytes=_untied_bytes(plan),
         memory=memory,
         time=Duration(
@@ -115,20 +116,6 @@ def _group(group: GroupPlan, plan: Plan) -> GroupForecast:
         shape=group.group.shape,
         bits=8 * stored / math.prod(group.group.shape),
         bytes=stored,
-    )
-
-
-def _totals(source: Checkpoint, plan: Plan, written: int) -> Totals:
-    pressed = [group for group in plan.groups() if group.is_pressed]
-    bits = sum(8 * group.stored_bytes(plan.dtype) for group in pressed)
-    weights = sum(math.prod(group.group.shape) for group in pressed)
-    dense = source.model.num_params * source.torch_dtype.itemsize
-    return Totals(
-        params=source.model.num_params,
-        dense_bytes=dense,
-        bytes=written,
-        ratio=dense / written,
-        bpw=bits / weights if weights else None,
     )
 
 

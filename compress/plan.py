@@ -71,6 +71,8 @@ def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
     model = _untied(source, recipe)
     decisions = _decide(model, recipe)
     dtype = _dense_dtype(source.torch_dtype, [rule.scheme for rule in decisions.values()])
+    if model.tied:
+        _check_tied_head(recipe, dtype)
     # Where the rest is cast, a group that no rule names is cast with it: that is not "keep".
     default = KEEP if dtype == source.torch_dtype else next(name for name, cast in CASTS.items() if cast == dtype)
     blocks = tuple(
@@ -92,6 +94,17 @@ def _untied(source: Checkpoint, recipe: Recipe) -> ModelMap:
     if chosen.get(LM_HEAD) in (None, chosen.get(EMBED, KEEP)):
         return source.model
     return describe(source.config | {"tie_word_embeddings": False})
+
+
+def _check_tied_head(recipe: Recipe, dtype: torch.dtype) -> None:
+    """Refuse a rule for a tied head that asks for another precision than the one of all dense tensors."""
+    for rule in recipe.rules:
+        cast = None if rule.pattern != LM_HEAD or rule.scheme == KEEP else parse_scheme(rule.scheme).cast
+        if cast not in (None, dtype):
+            raise ValueError(
+                f"recipe: scheme.{LM_HEAD!r}: {rule.scheme!r} is not what the embedding, which it is tied to, is "
+                f"stored in; give {EMBED!r} the same scheme"
+            )
 
 
 def _decide(model: ModelMap, recipe: Recipe) -> dict[str, Rule]:

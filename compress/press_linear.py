@@ -5,12 +5,12 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from pressd.compress.encoding import decode, encode, part, whole
+from pressd.compress.encoding import decode, encode, whole
 from pressd.compress.passes.magnitude import keep_two_of_four
 from pressd.compress.passes.rtn import round_to_nearest
-from pressd.compress.passes.svd import factorise
+from pressd.compress.passes.svd import factorise, one_thread
 from pressd.compress.rows import squared_norms
-from pressd.runtime.artifact.specs import Chain, LinearSpec, Masked, Packed, Sum
+from pressd.runtime.artifact.specs import Chain, LinearSpec, Masked, Packed, Sum, child_tensors
 from pressd.runtime.kernels.integer_codes import dequantize
 from pressd.runtime.kernels.mask import format as mask
 
@@ -45,7 +45,8 @@ def _press(weight: Tensor, spec: LinearSpec) -> dict[str, Tensor]:
         case Sum():
             tensors = whole(_press(weight, spec.base), "base")
             wide = torch.promote_types(weight.dtype, torch.float32)
-            lost = weight.to(wide) - decode(part(tensors, "base"), spec.base, wide)
+            with one_thread():  # a chain's product is a sum
+                lost = weight.to(wide) - decode(child_tensors(tensors, "base"), spec.base, wide)
             a, b = (factor.to(weight.dtype) for factor in factorise(lost, spec.residual.rank))
             return tensors | whole({"a.weight": a, "b.weight": b}, "residual")
         case _:

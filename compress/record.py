@@ -39,7 +39,7 @@ def make_manifest(
         recipe=RecipeRecord(text=recipe.text, sha256=sha256(recipe.text.encode()).hexdigest()),
         plan=groups,
         files=files,
-        totals=_totals(source, plan, groups, files),
+        totals=totals(source, plan, sum(file.bytes for name, file in files.items() if name.endswith(".safetensors"))),
         quality={},
         gates=recipe.gates,
         requires=requirements(plan),
@@ -54,16 +54,16 @@ def _source_files(source: Checkpoint) -> dict[str, StoredFile]:
     return {name: digest_file(source.path / name) for name in sorted(names)}
 
 
-def _totals(source: Checkpoint, plan: Plan, groups: tuple[PlannedGroup, ...], files: dict[str, StoredFile]) -> Totals:
-    pressed = {group.group.name for group in plan.groups() if group.is_pressed}
-    bits = sum(8 * group.bytes for group in groups if group.name in pressed)
-    weights = sum(math.prod(group.shape) for group in groups if group.name in pressed)
-    stored = sum(file.bytes for name, file in files.items() if name.endswith(".safetensors"))
+def totals(source: Checkpoint, plan: Plan, written: int) -> Totals:
+    """Return the sizes of an artifact whose weight files take `written` bytes."""
+    pressed = [group for group in plan.groups() if group.is_pressed]
+    bits = sum(8 * group.stored_bytes(plan.dtype) for group in pressed)
+    weights = sum(math.prod(group.group.shape) for group in pressed)
     dense = source.model.num_params * source.torch_dtype.itemsize
     return Totals(
         params=source.model.num_params,
         dense_bytes=dense,
-        bytes=stored,
-        ratio=dense / stored,
+        bytes=written,
+        ratio=dense / written,
         bpw=bits / weights if weights else None,
     )

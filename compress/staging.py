@@ -12,6 +12,8 @@ import psutil
 from pressd.runtime.artifact.errors import ArtifactError
 from pressd.runtime.artifact.manifest import FOLDER, is_artifact, read_manifest
 
+_PARTIAL, _REPLACED = "partial", "replaced"
+
 
 @contextlib.contextmanager
 def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
@@ -21,7 +23,7 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     check_target(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = _sibling(out, "partial")
+    partial = _sibling(out, _PARTIAL)
     partial.mkdir()
     try:
         yield partial
@@ -49,14 +51,14 @@ def check_target(out: Path, *, overwrite: bool) -> None:
 
 
 def leftovers(out: Path) -> list[Path]:
-    """Return what runs for `out` that were killed have left beside it: unfinished, and nobody's any more."""
-    found = sorted(out.parent.glob(f"{glob.escape(out.name)}.partial-*"))
-    return [path for path in found if not psutil.pid_exists(_pid(path))]
+    """Return what runs for `out` that were killed have left beside it: unfinished work, and an artifact put aside."""
+    found = (out.parent.glob(f"{glob.escape(out.name)}.{what}-*") for what in (_PARTIAL, _REPLACED))
+    return [path for paths in found for path in sorted(paths) if not psutil.pid_exists(_pid(path))]
 
 
-def _pid(partial: Path) -> int:
+def _pid(left: Path) -> int:
     """Number of the process that makes it; our own, which exists, if the name is somebody else's."""
-    number = partial.name.rpartition("-")[2]
+    number = left.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else os.getpid()
 
 
@@ -79,7 +81,7 @@ def _move(partial: Path, out: Path) -> None:
     if not _has_content(out):
         partial.replace(out)
         return
-    old = _sibling(out, "replaced")
+    old = _sibling(out, _REPLACED)
     out.replace(old)
     try:
         partial.replace(out)

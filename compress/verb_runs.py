@@ -24,6 +24,7 @@ def run_compress(args: argparse.Namespace) -> int:
     from pressd.compress.inspect import show_totals
     from pressd.compress.press import compress
     from pressd.compress.staging import leftovers
+    from pressd.runtime.artifact.manifest import is_artifact
 
     source, recipe = _source_and_recipe(args)
     progress = ProgressLine()
@@ -31,8 +32,9 @@ def run_compress(args: argparse.Namespace) -> int:
     def tell(block: "BlockDone") -> None:
         progress.tell(block.block, block.done, block.total)
 
-    for partial in leftovers(Path(args.out)):
-        sys.stderr.write(f"note: {partial} is left from a run that was killed; it can be removed\n")
+    for path in leftovers(Path(args.out)):
+        what = "what was there before is in it" if is_artifact(path) else "it can be removed"
+        sys.stderr.write(f"note: {path} is left from a run that was killed; {what}\n")
     manifest = compress(source, recipe, args.out, overwrite=args.overwrite, progress=tell)
     _say(manifest.to_json() if args.json else f"{args.out}: {show_totals(manifest.totals)}\n")
     return 0
@@ -73,13 +75,13 @@ def run_eval(args: argparse.Namespace) -> int:
         seq_len=args.seq_len,
         progress=ProgressLine().tell,
     )
-    recorded = record_quality(args.artifact, quality)
     _say((json.dumps(quality) if args.json else show_quality(quality)) + "\n")
-    if not args.json:
-        _say("recorded in the manifest\n" if recorded else "not recorded: too few tokens, or not an artifact\n")
     missed = missed_gates(read_manifest(Path(args.artifact)), quality)
     for line in missed:
         sys.stderr.write(f"{line}\n")
+    recorded = record_quality(args.artifact, quality)
+    if not args.json:
+        _say("recorded in the manifest\n" if recorded else "not recorded: too few tokens, or not an artifact\n")
     return GATE_MISSED if missed else 0
 
 
@@ -107,8 +109,10 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_compare(args: argparse.Namespace) -> int:
     """Print a row per artifact, and draw them if asked."""
     from pressd.compress.compare import compare, comparison_json, show_comparison
-    from pressd.compress.pareto_plot import draw
+    from pressd.compress.pareto_plot import draw, require_matplotlib
 
+    if args.png is not None:
+        require_matplotlib()
     comparison = compare(args.artifacts)
     _say((comparison_json(comparison) if args.json else show_comparison(comparison)) + "\n")
     if args.png is not None:

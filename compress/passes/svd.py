@@ -14,14 +14,15 @@ def factorise(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     thread computes them: with more, the last digits depend on how many there are, and an artifact's bytes with them.
     """
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    with _one_thread():
+    with one_thread():
         u, singular, vh = torch.linalg.svd(wide, full_matrices=False)
     roots = singular[:rank].sqrt()
     return u[:, :rank] * roots, roots[:, None] * vh[:rank]
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Compute with one thread inside, for sums whose last digits must not depend on how many there are."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,6 +1,5 @@
 """Fields of config.json, read strictly: what is missing, of the wrong kind or out of range is one ArtifactError."""
 
-import math
 from collections.abc import Mapping
 
 from pressd.runtime.artifact.errors import ArtifactError
@@ -9,6 +8,7 @@ Config = Mapping[str, object]
 
 # No real model comes near; a config that says more would only be used to exhaust memory.
 MAX_SIZE = 1 << 24
+_SMALLEST, _LARGEST = 1e-30, 1e30
 
 
 def size(config: Config, key: str, *, default: int | None = None, least: int = 1, limit: int = MAX_SIZE) -> int:
@@ -22,11 +22,11 @@ def size(config: Config, key: str, *, default: int | None = None, least: int = 1
 
 
 def number(config: Config, key: str, *, default: float | None = None) -> float:
-    """Return a positive, finite number; `default` where the key is absent or null."""
+    """Return a positive number of no absurd size; `default` where the key is absent or null."""
     value = config.get(key)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _SMALLEST <= value <= _LARGEST:
         raise ArtifactError(f"config.json: {key} is {value!r}; it must be a positive number")
     return float(value)
 

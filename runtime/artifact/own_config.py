@@ -31,6 +31,6 @@ def restore(config: dict[str, object]) -> dict[str, object]:
     if config.get("model_type") != MODEL_TYPE:
         return config
     kept = config.get("pressd")
-    if not isinstance(kept, dict) or not kept.keys() <= set(_KEPT):
+    if not isinstance(kept, dict) or not kept.keys() <= set(_KEPT) or not isinstance(kept.get("model_type", ""), str):
         raise ArtifactError("config.json: pressd must be an object with architectures and model_type; press it again")
     return {key: value for key, value in config.items() if key not in ("pressd", *_KEPT)} | kept

@@ -17,6 +17,7 @@ MIXED = "mixed-precision"
 _MAX_PATTERN = 4096
 _NAME_CHARACTERS = 64
 _MAX_WORK = 1e6
+_MAX_WORK_IN_ALL = 2e9  # some tens of seconds at worst; real files stay far below
 # Keys of compressed-tensors that change nothing about how a finished symmetric checkpoint is decoded.
 _INERT = {"observer", "observer_kwargs", "scale_dtype", "zp_dtype"}
 # Orders of quantisation after which the columns are in their natural order again.
@@ -25,7 +26,7 @@ _NATURAL_ORDER = (None, "weight", "static")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredSchemes:
-    """The scheme of each linear by its name, compressed-tensors' rules of precedence applied."""
+    """The scheme of each linear by its name; `targets` come in the order of their precedence."""
 
     targets: tuple[tuple[str, Scheme], ...]
     ignore: tuple[str, ...]
@@ -40,8 +41,7 @@ class StoredSchemes:
             return next((scheme for target, scheme in self.targets if target == linear), None)
         if any(_matches(linear, target) for target in self.ignore):
             return None
-        by_rank = sorted(self.targets, key=lambda item: (item[0] == "Linear", "re:" in item[0], item[0]))
-        return next((scheme for target, scheme in by_rank if _matches(linear, target)), None)
+        return next((scheme for target, scheme in self.targets if _matches(linear, target)), None)
 
 
 def read_quantization(config: Mapping[str, object], model: ModelMap) -> StoredSchemes:
@@ -68,7 +68,17 @@ def read_quantization(config: Mapping[str, object], model: ModelMap) -> StoredSc
         content = _object(group, at)
         scheme = _scheme(content, fields.get("format"), at)
         targets += [(target, scheme) for target in _targets(content.get("targets"), f"{at}.targets")]
-    return StoredSchemes(targets=tuple(targets), ignore=_targets(fields.get("ignore") or [], f"{where}.ignore"))
+    ignore = _targets(fields.get("ignore") or [], f"{where}.ignore")
+    _check_work([*(target for target, _ in targets), *ignore], model, where)
+    by_rank = sorted(targets, key=lambda item: (item[0] == "Linear", "re:" in item[0], item[0]))
+    return StoredSchemes(targets=tuple(by_rank), ignore=ignore)
+
+
+def _check_work(names: list[str], model: ModelMap, where: str) -> None:
+    """Every linear meets every name: refuse a file that would keep a reader busy with that alone."""
+    each = sum(_check_pattern(name.removeprefix("re:"), where) if name.startswith("re:") else 1 for name in names)
+    if each * sum(1 for _ in model.linears()) > _MAX_WORK_IN_ALL:
+        raise ArtifactError(f"{where}: {len(names)} targets and names to ignore are too many, or too complicated")
 
 
 def _own_schemes(schemes: dict[str, object], at: str, model: ModelMap) -> StoredSchemes:
@@ -98,6 +108,8 @@ def check_group(group: str, scheme: Scheme) -> None:
 def _scheme(group: dict[str, object], outer_format: object, at: str) -> Scheme:
     weights = _object(group.get("weights"), f"{at}.weights")
     bits, size = weights.get("num_bits"), weights.get("group_size")
+    if type(bits) is not int:
+        raise ArtifactError(f"{at}.weights: num_bits is {bits!r}; it must be an integer")
     strategy = weights.get("strategy")
     inputs = group.get("input_activations")
     if not _is_plain_integer(weights) or group.get("output_activations"):
@@ -153,17 +165,24 @@ def _targets(value: object, at: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _check_pattern(pattern: str, at: str) -> None:
-    """A pattern comes from a file: refuse one whose matching time can explode (backtracking), or that is not valid."""
+def _check_pattern(pattern: str, at: str) -> float:
+    """A pattern comes from a file: refuse one whose matching time can explode (backtracking), or that is not valid.
+
+    Returns the steps that one failing match may take.
+    """
+    if re.search(r"\(\?(?!:)", pattern):
+        # Among them (?x), under which a space would hide a repeat from what is counted below.
+        raise ArtifactError(f"{at}: pattern {pattern[:80]!r} has an extension (?...); name the linears")
     repeats, groups, bars = (len(re.findall(what, pattern)) for what in (r"[*+?{]", r"\(", r"\|"))
     # Ways to split a name over the repeats times ways to choose alternatives: what a failing match may have to try.
-    work = _NAME_CHARACTERS**repeats * (bars / max(groups, 1) + 1) ** max(groups, 1)
+    work: float = _NAME_CHARACTERS**repeats * (bars / max(groups, 1) + 1) ** max(groups, 1)
     if len(pattern) > _MAX_PATTERN or work > _MAX_WORK or re.search(r"\)[*+?{]", pattern):
         raise ArtifactError(f"{at}: pattern {pattern[:80]!r} is too complicated; name the linears")
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise ArtifactError(f"{at}: pattern {pattern[:80]!r} is not valid ({error})") from None
+    return work
 
 
 def _matches(linear: str, target: str) -> bool:

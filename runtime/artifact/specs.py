@@ -156,3 +156,9 @@ class Sum(_Node):
 
 
 LinearSpec: TypeAlias = Packed | Masked | Chain | Sum
+
+
+def child_tensors(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of the child called `name`, by their suffixes below it."""
+    start = f"{name}."
+    return {suffix.removeprefix(start): tensor for suffix, tensor in tensors.items() if suffix.startswith(start)}

@@ -15,6 +15,6 @@ def load_tokenizer(path: Path) -> Any:
     from transformers import AutoConfig, AutoTokenizer
 
     stored = read_config(path) if (path / "config.json").is_file() else {}
-    model_type = restore(stored).get("model_type")
-    config = AutoConfig.for_model(model_type) if stored.get("model_type") == MODEL_TYPE else None
+    model_type = restore(stored).get("model_type") if stored.get("model_type") == MODEL_TYPE else None
+    config = None if model_type is None else AutoConfig.for_model(model_type)
     return AutoTokenizer.from_pretrained(path, config=config, local_files_only=True, trust_remote_code=False)

@@ -8,7 +8,7 @@ import torch
 from pressd.runtime.artifact.families import FusedGroup
 from pressd.runtime.artifact.families import Linear as StoredLinear
 from pressd.runtime.artifact.reader import Checkpoint
-from pressd.runtime.artifact.specs import Chain, LinearSpec, Masked, Packed, Sum
+from pressd.runtime.artifact.specs import Chain, LinearSpec, Masked, Packed, Sum, child_tensors
 from pressd.runtime.kernels.catalogue import LINEAR
 from pressd.runtime.kernels.mask import format as mask
 from pressd.runtime.kernels.registry import Device, LinearKernel, LinearProblem, Preference, Tensors, select
@@ -29,8 +29,7 @@ class _Part:
     bias: torch.Tensor | None
 
     def child(self, name: str, *, keeps_bias: bool) -> "_Part":
-        start = f"{name}."
-        tensors = {suffix.removeprefix(start): t for suffix, t in self.tensors.items() if suffix.startswith(start)}
+        tensors = child_tensors(self.tensors, name)
         return _Part(spec=self.spec.children()[name], tensors=tensors, bias=self.bias if keeps_bias else None)
 
 

@@ -31,20 +31,24 @@ def read_rope(config: Config) -> RopeConfig:
     return read(parameters, theta)
 
 
+# Cosines and sines are tabulated: a config that says more would only be used to exhaust memory.
+MAX_CONTEXT = 1 << 20
+
+
 def context_limit(config: Config) -> int:
     """Return the longest sequence: `max_position_embeddings`, or what YaRN stretches the trained context to if longer.
 
     Qwen's configs gain YaRN without a change to max_position_embeddings.
     """
-    limit = fields.size(config, "max_position_embeddings")
+    limit = fields.size(config, "max_position_embeddings", limit=MAX_CONTEXT)
     scaling = read_rope(config).scaling
     if not isinstance(scaling, YarnScaling) or _stated_original(config) is None:
         return limit
     stretched = scaling.original_max_position * scaling.factor
-    if stretched > fields.MAX_SIZE:
+    if stretched > MAX_CONTEXT:
         raise ArtifactError(
             f"config.json: factor {scaling.factor} times {_ORIGINAL} {scaling.original_max_position} is a context of "
-            f"more than {fields.MAX_SIZE}"
+            f"more than {MAX_CONTEXT}"
         )
     return max(limit, int(stretched))
 

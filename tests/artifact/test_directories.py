@@ -259,6 +259,10 @@ HOSTILE: list[tuple[str, str, Damage, str]] = [
     ("pattern that explodes", "pressed", quantization(ignore=["re:(a|a)+b"]), "too complicated"),
     ("pattern of many repeats", "pressed", quantization(ignore=["re:" + ".*" * 9 + "x"]), "too complicated"),
     ("pattern of many choices", "pressed", quantization(ignore=["re:" + "(.|.)" * 50]), "too complicated"),
+    ("pattern in verbose mode", "pressed", quantization(ignore=["re:(?x)([a-z0-9._]+) +!"]), "has an extension (?...)"),
+    ("pattern that looks ahead", "pressed", quantization(ignore=["re:(?=a)"]), "has an extension (?...)"),
+    ("forty thousand patterns", "pressed", quantization(ignore=["re:.*.*x"] * 40_000), "too many, or too complicated"),
+    ("bits are text", "pressed", quantization(config_groups__group_0__weights__num_bits="4"), "num_bits is '4'"),
     ("pattern that is none", "pressed", quantization(ignore=["re:(a"]), "is not valid"),
     (
         "stored shape lies",

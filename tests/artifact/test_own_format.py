@@ -58,7 +58,8 @@ def test_hidden_and_restored_is_the_same() -> None:
     [
         ({"pressd": None}, "pressd must be an object with architectures and model_type"),
         ({"pressd": {"vocab_size": 7}}, "pressd must be an object with architectures and model_type"),
-        ({"pressd": {"architectures": ["X"]}}, "architecture 'X' is not known"),
+        ({"pressd": {"architectures": ["X"], "model_type": "x"}}, "architecture 'X' is not known"),
+        ({"pressd": {"architectures": ["X"], "model_type": ["x"]}}, "pressd must be an object with architectures and"),
         ({"model_type": "llama"}, "architecture 'PressdForCausalLM' is not known"),
         ({"schemes": None}, "quantization_config.schemes: needs an object"),
         ({"schemes": {"layers.9.o": "w8a16"}}, "'layers.9.o': 'w8a16' is not a scheme of a fused group"),

@@ -141,6 +141,17 @@ def test_names_tell_directories_apart(shelf: Shelf, tmp_path: Path) -> None:
     assert [row.name for row in compare(paths).rows] == [paths[0], paths[1], "other"]
 
 
+@pytest.mark.parametrize("missing", ["data", "source", "ppl_source"])
+def test_a_measurement_that_is_not_whole_is_refused(tiny_llama: Path, missing: str, tmp_path: Path) -> None:
+    manifest = compress(tiny_llama, "w8a8", tmp_path / "out")
+    data = {"name": "x", "split": "heldout", "sha256": "0" * 64, "tokens": 8, "seq_len": 4}
+    quality: dict[str, object] = {"source": manifest.source.path, "data": data, "ppl_source": 2.0, "kl_mean": 0.1}
+    del quality[missing]
+    write_manifest(tmp_path / "out", manifest.model_copy(update={"quality": quality}))
+    with pytest.raises(ValueError, match="the measurement in its manifest is not whole; run `pressd eval"):
+        compare([str(tmp_path / "out")])
+
+
 def test_what_is_no_artifact_is_refused(tiny_llama: Path, shelf: Shelf) -> None:
     with pytest.raises(ValueError, match="is not an artifact of pressd"):
         compare([shelf.put("a", "w8a8", 0.1), str(tiny_llama)])

@@ -115,7 +115,9 @@ def test_every_byte_of_the_weights_is_as_described(source: Path, scheme: str, tm
     assert (tmp_path / "out/model.safetensors").read_bytes() == safetensors_bytes(expected)
 
 
-@pytest.mark.parametrize("scheme", ["w4a16g32", "sparse24:w8a16+residual4", "lowrank16:bf16"])
+@pytest.mark.parametrize(
+    "scheme", ["w4a16g32", "sparse24:w8a16+residual4", "lowrank16:bf16", "lowrank24:w8a8+residual2"]
+)
 def test_the_id_depends_on_source_and_recipe_alone(source: Path, scheme: str, tmp_path: Path) -> None:
     """However many threads work, and whatever was computed before."""
     threads, ids = torch.get_num_threads(), set()

@@ -53,6 +53,15 @@ def test_a_tied_head_is_untied_when_it_is_treated_otherwise(
     assert {group.group.name: group.scheme for group in plan.groups()}.get("lm_head") == head
 
 
+def test_a_rule_for_a_tied_head_that_cannot_hold_is_refused(tiny_llama_tied: Path) -> None:
+    for rules in ('"lm_head" = "fp16"', '"*" = "bf16"\n"lm_head" = "fp16"'):
+        with pytest.raises(
+            ValueError, match=r"scheme.'lm_head': 'fp16' is not what the embedding, which it is tied to"
+        ):
+            schemes(tiny_llama_tied, rules)
+    assert schemes(tiny_llama_tied, '"*" = "fp16"\n"lm_head" = "fp16"')["embed"] == "fp16"
+
+
 def test_a_cast_is_of_everything_dense(tiny_llama: Path) -> None:
     recipe = parse_recipe('[scheme]\n"*" = "w8a8"\n"down" = "bf16"\n', "recipe")
     plan = make_plan(Checkpoint.open(tiny_llama), recipe)

@@ -124,7 +124,14 @@ def test_the_old_artifact_returns_if_the_new_one_cannot_take_its_place(
 def test_what_a_killed_run_left_is_found_and_nothing_else(tmp_path: Path) -> None:
     child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     gone = tmp_path / f"out[1].partial-{int(child.stdout)}"
-    for path in (gone, tmp_path / f"out[1].partial-{os.getpid()}", tmp_path / "out[1].partial-mine", tmp_path / "out1"):
+    aside = tmp_path / f"out[1].replaced-{int(child.stdout)}"
+    for path in (
+        gone,
+        aside,
+        tmp_path / f"out[1].partial-{os.getpid()}",
+        tmp_path / "out[1].partial-mine",
+        tmp_path / "out1",
+    ):
         path.mkdir()
-    assert leftovers(tmp_path / "out[1]") == [gone]
+    assert leftovers(tmp_path / "out[1]") == [gone, aside]
     assert leftovers(tmp_path / "out") == []

@@ -113,6 +113,20 @@ def test_eval_prints_one_object_and_a_missed_gate_is_exit_3(
     assert captured.err.count("gate missed") == 1
 
 
+def test_a_damaged_report_costs_no_measurement(
+    pressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "TOKENS", 512)
+    (tmp_path / "long.txt").write_text("def f(x):\n    return x\n" * 30)
+    (pressed / "pressd/report.json").write_text("{")
+    with pytest.raises(ValueError, match=r"report\.json"):
+        run("eval", pressed, "--data", tmp_path / "long.txt", "--tokens", "512", "--seq-len", "64")
+    assert "kl_mean" in capsys.readouterr().out
+    manifest = read_manifest(pressed)
+    assert manifest is not None
+    assert manifest.quality["kl_mean"]
+
+
 def test_verify_notices_a_changed_file(pressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", pressed, "--full") == 0
     assert "files agree with the manifest; id " in capsys.readouterr().out

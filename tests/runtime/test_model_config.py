@@ -110,6 +110,9 @@ def test_yarn_lengthens_the_context_it_was_given(rope: dict[str, Any], limit: in
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only silu is computed"),
         ({"hidden_act": None}, "hidden_act is None; only silu is computed"),
         ({"rms_norm_eps": None}, "rms_norm_eps is None; it must be a positive number"),
+        ({"rms_norm_eps": 10**400}, "it must be a positive number"),
+        ({"max_position_embeddings": 1 << 24}, "max_position_embeddings is 16777216; it must be an integer from 1 to"),
+        ({"rope_scaling": YARN | {"beta_slow": 5e-324}}, "beta_slow is 5e-324; it must be a positive number"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a positive number"),
         ({"max_position_embeddings": None}, "max_position_embeddings is None; it must be an integer from 1"),
         (

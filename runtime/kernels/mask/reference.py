@@ -3,7 +3,6 @@
 import torch
 
 from pressd.runtime.kernels.dense import format as dense
-from pressd.runtime.kernels.int8 import format as int8
 from pressd.runtime.kernels.mask import format as disk
 from pressd.runtime.kernels.packed_int import format as packed_int
 from pressd.runtime.kernels.registry import REFERENCE, Device, LinearKernel, LinearProblem, Tensors
@@ -30,8 +29,7 @@ def _values(packed: Tensors, problem: LinearProblem) -> torch.Tensor:
     if "weight_packed" in stored:
         stored["weight_shape"] = torch.tensor([problem.out_features, problem.in_features // 2])
         return packed_int.decode(stored, problem.bits, problem.group_size, problem.dtype)
-    decode = int8.decode if "weight_scale" in stored else dense.decode
-    return decode(stored, problem.dtype)
+    return dense.decode(stored, problem.dtype)
 
 
 KERNEL = LinearKernel(name=REFERENCE, storage=disk.NAME, why_not=why_not, pack=pack, run=run)
