@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pressd.compress.companions import copy_companions
 from pressd.compress.encoding import decode
+from pressd.compress.quantization_config import with_precision
 from pressd.compress.reread import Reread
 from pressd.compress.staging import staged
 from pressd.compress.weights_writer import SHARD_BYTES, PlannedTensor, WeightsWriter
@@ -66,9 +67,7 @@ def _silent(block: str, done: int, total: int) -> None:
 
 def _dense_config(config: dict[str, object], dtype: torch.dtype) -> dict[str, object]:
     """The config of the model that was pressed, in its own names, with the precision that is written."""
-    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    dense = {name: value for name, value in config.items() if name != "quantization_config"}
-    return dense | {key: str(dtype).removeprefix("torch.")}
+    return with_precision({name: value for name, value in config.items() if name != "quantization_config"}, dtype)
 
 
 def _write_weights(

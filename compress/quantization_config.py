@@ -8,6 +8,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
+import torch
+
 from pressd.compress.plan import GroupPlan, Plan
 from pressd.runtime.artifact.families import EMBED, LM_HEAD, ModelMap
 from pressd.runtime.artifact.own_config import hide
@@ -15,10 +17,15 @@ from pressd.runtime.artifact.quantization import FORMATS, MIXED
 from pressd.runtime.artifact.specs import Packed
 
 
+def with_precision(config: dict[str, object], dtype: torch.dtype) -> dict[str, object]:
+    """Return `config` saying that dense weights are in `dtype`, under the key that it already uses."""
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    return config | {key: str(dtype).removeprefix("torch.")}
+
+
 def artifact_config(source: dict[str, object], plan: Plan) -> dict[str, object]:
     """Return config.json of the artifact: the source's, with its precision and how its linears are stored."""
-    key = "torch_dtype" if "torch_dtype" in source and "dtype" not in source else "dtype"
-    config = source | {key: str(plan.dtype).removeprefix("torch.")}
+    config = with_precision(source, plan.dtype)
     if plan.unties:
         config["tie_word_embeddings"] = False
     if needs_own_format(plan):

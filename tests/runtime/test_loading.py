@@ -1,6 +1,7 @@
 """What loading does with fused groups, tied heads and memory."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,52 +76,35 @@ def test_pressed_weights_stay_pressed_in_memory(
     assert kept_dense < decoder.weights_bytes <= kept_dense + linears * (bits + 0.5) / 8 * (1 + 1 / 16) + 4 * 1376
 
 
-@pytest.fixture(scope="module")
-def with_biases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama whose linears all have biases."""
+def random_llama(path: Path, dtype: torch.dtype, **shape: Any) -> Path:
+    """Save a random Llama of one layer, its biases drawn as well."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        attention_bias=True,
-        mlp_bias=True,
-        tie_word_embeddings=True,
+        vocab_size=97, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, dtype=dtype, **shape
     )
-    path = tmp_path_factory.mktemp("biases")
     with torch.random.fork_rng():
         torch.manual_seed(5)
         model = LlamaForCausalLM(config)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter)
-    model.save_pretrained(path)
+    model.to(dtype).save_pretrained(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama whose factors of rank 32 and groups of 32 fast kernels take."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def with_biases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose linears all have biases."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": True}
+    path = tmp_path_factory.mktemp("biases")
+    return random_llama(path, torch.float32, attention_bias=True, mlp_bias=True, **shape)
 
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=256,
-        dtype="bfloat16",
-    )
-    path = tmp_path_factory.mktemp("wide")
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
-    return path
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose factors of rank 32 and groups of 32 fast kernels take."""
+    return random_llama(tmp_path_factory.mktemp("wide"), torch.bfloat16, hidden_size=128, intermediate_size=256)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import torch
 
+from pressd.runtime.kernels.byte_codes import rows
 from pressd.runtime.kernels.int8 import format as disk
 from pressd.runtime.kernels.integer_codes import dequantize, quantize_activations, round_activations
 from pressd.runtime.kernels.registry import REFERENCE, Device, LinearKernel, LinearProblem, Tensors
@@ -26,10 +27,6 @@ def run(x: torch.Tensor, packed: Tensors, problem: LinearProblem) -> torch.Tenso
     x_codes, x_scale = quantize_activations(x)
     products = torch.nn.functional.linear(x_codes, codes.to(x_codes.dtype))
     return (products * x_scale * scale.to(products.dtype).T).to(problem.dtype)
-
-
-def rows(ids: torch.Tensor, packed: Tensors, problem: LinearProblem) -> torch.Tensor:
-    return dequantize(packed["codes"][ids], packed["scale"][ids], problem.dtype)
 
 
 KERNEL = LinearKernel(name=REFERENCE, storage=disk.NAME, why_not=why_not, pack=pack, run=run, rows=rows)

@@ -18,7 +18,6 @@ from pressd.runtime.kernels.packed_int import nibbles
 from pressd.runtime.kernels.registry import Device, LinearKernel, LinearProblem, Tensors, describe_device
 from pressd.runtime.kernels.widened import tile_dtype, tile_elements
 
-DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 PRODUCT_GROUPS = (256, 128, 64, 32)  # what PyTorch's packed product knows, the largest first
 EXPANDED_ELEMENTS = 1 << 23  # of a weight at a time for few rows: 4 MiB of nibbles
 PACKING_ELEMENTS = 1 << 22
@@ -29,7 +28,7 @@ Product = Callable[[torch.Tensor, Tensors, LinearProblem, nibbles.Tile], torch.T
 def why_not(problem: LinearProblem, device: Device) -> str | None:
     if device.kind != "cpu":
         return f"runs on the CPU only, not on {device.kind}"
-    if problem.dtype not in DTYPES:
+    if problem.dtype not in byte_codes.DTYPES:
         return f"computes in float32 at most, not in {problem.dtype}"
     if problem.out_features % nibbles.ROW_MULTIPLE or problem.in_features % nibbles.COLUMN_MULTIPLE:
         multiples = f"{nibbles.ROW_MULTIPLE} x {nibbles.COLUMN_MULTIPLE}"
