@@ -1,5 +1,6 @@
 """What an engine is told before it starts. No I/O, no environment, no torch."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,10 @@ class EngineConfig:
 
     `dtype` is what layers compute in (`auto`: the checkpoint's own). `kv_memory` is in bytes (None: as much as
     `max_batch` requests of `max_context` tokens need, within a quarter of the free memory). `max_context` None takes
-    the model's own limit. `threads` None leaves torch's choice.
+    the model's own limit. `threads` None leaves torch's choice. `target_itl` is the time, in seconds, that a step
+    should take at most while sequences wait for their next token, so that prompts are computed in smaller pieces beside
+    them (None: only `max_step_tokens` bounds a step). With `overlap` a step is launched before the results of the last
+    are read.
     """
 
     device: DeviceName = "auto"
@@ -29,6 +33,9 @@ class EngineConfig:
     max_step_tokens: int = 512
     max_context: int | None = None
     threads: int | None = None
+    target_itl: float | None = None
+    prefix_cache: bool = True
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_batch", "max_step_tokens"):
@@ -38,6 +45,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1, or left out")
+        if self.target_itl is not None and not 0.0 < self.target_itl < math.inf:
+            raise ValueError(f"target_itl is {self.target_itl} seconds; it must be above 0, or left out")
         if self.device not in DEVICES:
             raise ValueError(f"device {self.device!r} is not known; choose one of {', '.join(DEVICES)}")
         if self.dtype not in DTYPES:

@@ -1,72 +1,80 @@
 """The engine: requests in, tokens out, one synchronous step at a time."""
 
+import dataclasses
+import itertools
 import time
-from collections.abc import Sequence as Tokens
+from collections import deque
+from collections.abc import Iterator, KeysView
+from collections.abc import Sequence as Many
 from pathlib import Path
 
 import torch
 
-from pressd.runtime.blocks import BlockPool
+from pressd.runtime.callers import Callers
+from pressd.runtime.completion import Completion, Piece, Prompt
 from pressd.runtime.config import EngineConfig
+from pressd.runtime.constraints import ConstraintError
+from pressd.runtime.emission import NOT_FINITE, emit, report
 from pressd.runtime.errors import RequestError
-from pressd.runtime.request import (
-    EngineInfo,
-    FinishReason,
-    Request,
-    RequestOutput,
-    SamplingParams,
-    StepResult,
-    StepStats,
-    StoppingParams,
-)
-from pressd.runtime.runner import Runner
-from pressd.runtime.sampling import sample
-from pressd.runtime.scheduler import Scheduled, Scheduler
+from pressd.runtime.guides import Guides, reason_of
+from pressd.runtime.params import Constraint, SamplingParams, StoppingParams
+from pressd.runtime.report import StepResult, StepStats
+from pressd.runtime.request import FinishReason, Request, RequestOutput
+from pressd.runtime.runner import Launched, Outcome
+from pressd.runtime.scheduler import Scheduler, StepPlan
 from pressd.runtime.sequence import Sequence
-from pressd.runtime.startup import start
+from pressd.runtime.startup import EngineParts, start
+from pressd.runtime.validation import check_request, max_length
+
+# Seconds that a step without work waits for a grammar that is being compiled.
+COMPILE_WAIT = 0.02
 
 
 class Engine:
     """Serves one model. Synchronous and for one thread: callers add requests between steps."""
 
-    def __init__(self, runner: Runner, info: EngineInfo, config: EngineConfig) -> None:
-        self.info = info
-        self._runner = runner
-        self._pool = BlockPool(info.kv_blocks, info.block_size)
-        self._scheduler = Scheduler(self._pool, max_batch=config.max_batch, max_step_tokens=config.max_step_tokens)
-        self._live: dict[str, Sequence] = {}
+    def __init__(self, parts: EngineParts, config: EngineConfig, *, path: Path | None = None) -> None:
+        """`path` is the model's directory, for the tokenizer of `generate` and `stream`; None: token ids only."""
+        self.info = parts.info
+        self._runner, self._kv, self._budget = parts.runner, parts.kv, parts.budget
+        self._scheduler = Scheduler(
+            self._kv, self._budget, max_batch=config.max_batch, max_step_tokens=config.max_step_tokens
+        )
+        self._guides = Guides(parts.compiler, self.info.vocab_size, self._runner.decoder.device)
+        # With overlap, a step is launched before the results of the one before it are read.
+        self._depth = int(config.overlap)
+        self._shares_prompts = config.prefix_cache
+        self._in_flight: deque[Launched] = deque()
+        self._live: dict[str, list[Sequence]] = {}
+        self._serial = itertools.count()
         self._numeric_errors = 0
+        self._callers = Callers(path)
+        self.num_steps = 0
 
     @classmethod
     def from_pretrained(cls, path: str | Path, config: EngineConfig | None = None) -> "Engine":
         """Load an artifact or a plain Hugging Face directory; raises ArtifactError or ValueError, one line each."""
         config = config or EngineConfig()
-        runner, info = start(Path(path), config)
-        return cls(runner, info, config)
+        return cls(start(Path(path), config), config, path=Path(path))
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live)
+        return bool(self._live or self._in_flight)
+
+    @property
+    def live_request_ids(self) -> KeysView[str]:
+        """Requests that are queued or running, as they are when it is read."""
+        return self._live.keys()
 
     def validate(self, request: Request) -> None:
         """Raise RequestError if the request could never run here, however long it waited."""
-        prompt = request.prompt_token_ids
-        if not prompt:
-            raise RequestError("prompt", "is empty; at least one token is needed")
-        if len(prompt) >= self.info.max_context:
-            raise RequestError(
-                "prompt", f"has {len(prompt)} tokens; the context of {self.info.max_context} leaves no room"
-            )
-        for name, ids in (("prompt", prompt), ("stop_token_ids", request.stopping.stop_token_ids)):
-            wrong = next((token for token in ids if not 0 <= token < self.info.vocab_size), None)
-            if wrong is not None:
-                raise RequestError(name, f"token id {wrong} is outside the vocabulary of {self.info.vocab_size}")
-        needed = self._scheduler.blocks_needed(self._sequence(request))
-        if needed > self.info.kv_blocks:
+        check_request(request, self.info)
+        sequence = self._sequence(request, 0, None)
+        if not self._scheduler.fits(sequence):
             raise RequestError(
                 "max_new_tokens",
-                f"the request may need {needed * self.info.block_size} tokens of KV and the whole pool holds "
-                f"{self.info.kv_blocks * self.info.block_size}; ask for fewer tokens or serve with more --kv-memory",
+                f"the request may reach {sequence.max_length} tokens and the whole KV pool holds "
+                f"{self.info.kv_tokens}; ask for fewer tokens or serve with more --kv-memory",
             )
 
     def add(self, request: Request) -> None:
@@ -74,125 +82,170 @@ class Engine:
         if request.request_id in self._live:
             raise RequestError("request_id", f"{request.request_id!r} is in use")
         self.validate(request)
-        sequence = self._sequence(request)
-        self._live[request.request_id] = sequence
-        self._scheduler.add(sequence)
+        # The first of n computes the prompt; the others wait for it and find it in the prefix cache.
+        leader = None
+        for index in range(request.sampling.n):
+            sequence = self._sequence(request, index, leader)
+            self._live.setdefault(request.request_id, []).append(sequence)
+            self._guides.begin(sequence)
+            self._scheduler.add(sequence)
+            leader = leader or sequence
 
     def abort(self, request_id: str) -> bool:
-        """Drop a request; its blocks are free when this returns. False if it is not live."""
-        sequence = self._live.pop(request_id, None)
-        if sequence is None:
-            return False
-        self._scheduler.remove(sequence)
-        return True
+        """Drop a request; its blocks are free when the step in flight, if any, is over. False if it is not live."""
+        sequences = list(self._live.get(request_id, ()))
+        for sequence in sequences:
+            self._end(sequence)
+        return bool(sequences)
 
     @torch.inference_mode()
     def step(self) -> StepResult:
-        """Schedule, run, sample, emit; returns at once, without outputs, when there is nothing to do."""
+        """Schedule, launch, collect, emit; returns without outputs when there is nothing to do."""
         began = time.monotonic()
-        step = self._scheduler.schedule(began)
-        if not step:
-            return StepResult(outputs=(), stats=self.stats())
-        logits = self._runner.run(step)
-        finite = torch.isfinite(logits).all(dim=-1).tolist()
-        ends = [scheduled.sequence for scheduled in step if scheduled.reaches_end]
-        tokens = sample(logits, [s.request.sampling for s in ends], [len(s.token_ids) for s in ends])
+        self.num_steps += 1
+        outputs = [self._fail(*end) for end in self._guides.poll()]
+        plan = self._scheduler.schedule(began)
+        if plan.rows:
+            self._in_flight.append(self._runner.launch(plan, self._guides.masks(plan)))
+        elif not self._in_flight:
+            self._scheduler.complete(plan.number)
+            self._guides.wait(COMPILE_WAIT)
+        if not self._in_flight or (plan.rows and len(self._in_flight) <= self._depth):
+            return StepResult(outputs=tuple(outputs), stats=self.stats())
+        done = self._in_flight.popleft()
+        outcomes = self._runner.collect(done)
+        self._scheduler.complete(done.plan.number)
         now = time.monotonic()
-        counts = _counts(step)
-        outputs = [_begun(item.sequence) for item in step if item.is_first and not item.reaches_end]
-        for scheduled in step:
-            scheduled.sequence.num_computed_tokens += scheduled.num_tokens
-        outputs += [self._emit(*drawn, now) for drawn in zip(ends, tokens, finite, strict=True)]
-        return StepResult(outputs=tuple(outputs), stats=self.stats(now - began, *counts))
+        for outcome in outcomes:
+            outputs += self._take(outcome, now)
+        seconds = time.monotonic() - began
+        self._budget.observe(done.plan.num_tokens, seconds)
+        return StepResult(outputs=tuple(outputs), stats=self.stats(done, seconds))
 
-    def stats(self, seconds: float = 0.0, prefill: int = 0, decode: int = 0, rows: int = 0) -> StepStats:
-        """Return the gauges as they are now, with the counts of the step that just ended."""
+    def stats(self, done: Launched | None = None, seconds: float = 0.0) -> StepStats:
+        """Return the gauges and totals as they are now, with the counts of the step that just ended."""
+        plan = done.plan if done else StepPlan(number=-1, rows=(), released=(), admitted=(), copies=())
         return StepStats(
             seconds=seconds,
-            num_prefill_tokens=prefill,
-            num_decode_tokens=decode,
-            num_rows=rows,
+            num_prefill_tokens=plan.num_tokens - plan.num_decode_tokens,
+            num_decode_tokens=plan.num_decode_tokens,
+            num_rows=len(plan.rows),
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
-            kv_blocks_used=self._pool.num_used,
+            num_preempted=self._scheduler.num_preempted,
+            kv_blocks_used=sum(pool.num_used for pool in self._kv.pools),
+            kv_blocks_cached=sum(pool.num_cached for pool in self._kv.pools),
             kv_gathers=self._runner.num_gathers,
+            kv_copied_blocks=self._kv.num_copied_blocks,
             numeric_errors=self._numeric_errors,
+            preemptions=self._scheduler.num_preemptions,
+            prefix_queried_tokens=self._kv.num_queried_tokens,
+            prefix_hit_tokens=self._kv.num_hit_tokens,
+            evicted_blocks=sum(pool.num_evicted for pool in self._kv.pools),
+            host_seconds=max(0.0, seconds - done.model_seconds) if done else 0.0,
         )
+
+    def flush_prefix_cache(self) -> int:
+        """Forget every cached prefix; return the number of blocks that only the cache held."""
+        return self._kv.flush()
+
+    def check_integrity(self) -> None:
+        """Assert that every held block belongs to live sequences, and every row to one."""
+        self._scheduler.check_integrity(s for sequences in self._live.values() for s in sequences)
 
     def generate(
         self,
-        prompts: Tokens[Tokens[int]],
+        prompts: str | Many[Prompt],
         sampling: SamplingParams | None = None,
         stopping: StoppingParams | None = None,
-    ) -> list[list[int]]:
-        """Complete all prompts together and return their new tokens."""
-        sampling, stopping = sampling or SamplingParams(temperature=0.0), stopping or StoppingParams()
-        answers: dict[str, list[int]] = {f"generate-{index}": [] for index in range(len(prompts))}
-        for request_id, prompt in zip(answers, prompts, strict=True):
-            self.add(
-                Request(
-                    request_id=request_id,
-                    prompt_token_ids=tuple(prompt),
-                    sampling=sampling,
-                    stopping=stopping,
-                    arrival=time.monotonic(),
-                )
-            )
-        while self.has_work:
-            for output in self.step().outputs:
-                if output.finish_reason is FinishReason.NUMERIC_ERROR:
-                    raise ArithmeticError(f"{output.request_id}: the model's logits are not finite")
-                answers[output.request_id] += output.token_ids
-        return list(answers.values())
+        *,
+        constraint: Constraint | None = None,
+        priority: int = 0,
+    ) -> list[Completion]:
+        """Complete prompts (one text, several texts, or several lists of token ids) together, greedily by default.
 
-    def check_integrity(self) -> None:
-        """Assert that every used block belongs to exactly one live sequence."""
-        self._pool.check_integrity()
-        held = [block for sequence in self._live.values() for block in sequence.block_table]
-        assert len(held) == len(set(held)) == self._pool.num_used
+        Returns the `sampling.n` completions of each prompt, in the order of the prompts. A sequence that fails says so
+        in its completion. Raises RequestError, before anything is queued, for a prompt that can never run, and
+        RuntimeError while requests are live that `add` queued.
+        """
+        template = _template(sampling, stopping, constraint, priority)
+        return self._callers.generate(self, prompts, template)
 
-    def _sequence(self, request: Request) -> Sequence:
-        prompt, stopping = request.prompt_token_ids, request.stopping
-        limit = self.info.max_context
-        if stopping.max_new_tokens is not None:
-            limit = min(limit, len(prompt) + stopping.max_new_tokens)
-        return Sequence(request=request, max_length=limit, token_ids=list(prompt))
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        stopping: StoppingParams | None = None,
+        *,
+        constraint: Constraint | None = None,
+        priority: int = 0,
+    ) -> Iterator[Piece]:
+        """Complete one prompt as `generate` does and yield its pieces as they come; it is queued with the first one.
 
-    def _emit(self, sequence: Sequence, token: int, finite: bool, now: float) -> RequestOutput:
-        """Append a drawn token to its sequence, decide whether that ends it, and say so."""
-        request, reason, matched = sequence.request, None, None
-        if not finite:
-            reason = FinishReason.NUMERIC_ERROR
-            self._numeric_errors += 1
-        elif token in request.stopping.stop_token_ids:
-            reason, matched = FinishReason.STOP, token
-        elif token in self.info.eos_token_ids and not request.stopping.ignore_eos:
-            reason, matched = FinishReason.EOS, token
-        else:
-            sequence.token_ids.append(token)
-            sequence.first_token_at = sequence.first_token_at or now
-            if len(sequence.token_ids) >= sequence.max_length:
-                wanted = request.stopping.max_new_tokens
-                produced = len(sequence.token_ids) - sequence.num_prompt_tokens
-                reason = FinishReason.MAX_TOKENS if produced == wanted else FinishReason.CONTEXT_LIMIT
-        if reason is not None:
-            self.abort(request.request_id)
-        return RequestOutput(
-            request_id=request.request_id,
-            token_ids=(token,) if finite and matched is None else (),
-            finish_reason=reason,
-            matched_token_id=matched,
-            scheduled_at=sequence.scheduled_at,
-            first_token_at=sequence.first_token_at,
+        Closing the iterator, as leaving its loop does, aborts the request. Streams and calls of `generate` may overlap.
+        """
+        template = _template(sampling, stopping, constraint, priority)
+        return self._callers.stream(self, prompt, template)
+
+    def _sequence(self, request: Request, index: int, leader: Sequence | None) -> Sequence:
+        return Sequence(
+            request=request,
+            index=index,
+            max_length=max_length(request, self.info),
+            order=(-request.priority, request.arrival, next(self._serial)),
+            token_ids=list(request.prompt_token_ids),
+            num_tokens=len(request.prompt_token_ids),
+            leader=leader if self._shares_prompts and not request.bypass_prefix_cache else None,
         )
 
+    def _take(self, outcome: Outcome, now: float) -> list[RequestOutput]:
+        """Turn what a step has for a sequence into what its reader gets; nothing for one that is over."""
+        item, sequence = outcome.item, outcome.item.sequence
+        if sequence.is_over:
+            return []
+        if not outcome.finite:
+            self._numeric_errors += 1
+            return [self._fail(sequence, FinishReason.NUMERIC_ERROR, NOT_FINITE)]
+        if item.epoch == sequence.epoch:
+            self._kv.publish(sequence, item.stop)
+        scores = outcome.prompt_logprobs[max(0, sequence.num_reported_prompt_tokens - item.start - 1) :]
+        if outcome.prompt_logprobs:
+            sequence.num_reported_prompt_tokens = max(sequence.num_reported_prompt_tokens, item.stop + 1)
+        if not outcome.possible:
+            return [self._fail(sequence, *self._guides.why_impossible(sequence))]
+        if outcome.token_id is None:
+            return [dataclasses.replace(report(sequence), prompt_logprobs=scores)] if item.is_first or scores else []
+        try:
+            output = emit(sequence, outcome.token_id, outcome.logprobs, self.info, now)
+        except ConstraintError as error:
+            return [self._fail(sequence, reason_of(error), str(error))]
+        if output.finish_reason is not None:
+            self._end(sequence)
+        return [dataclasses.replace(output, prompt_logprobs=scores) if scores else output]
 
-def _begun(sequence: Sequence) -> RequestOutput:
-    """Report that a request left the queue, before it has a token."""
-    return RequestOutput(request_id=sequence.request.request_id, scheduled_at=sequence.scheduled_at)
+    def _fail(self, sequence: Sequence, reason: FinishReason, error: str | None) -> RequestOutput:
+        self._end(sequence, forget=reason is FinishReason.NUMERIC_ERROR)
+        return report(sequence, reason=reason, error=error)
+
+    def _end(self, sequence: Sequence, *, forget: bool = False) -> None:
+        """The sequence is over: let go of everything it holds."""
+        sequence.is_over = True
+        self._guides.drop(sequence)
+        self._scheduler.remove(sequence, forget=forget)
+        siblings = self._live[sequence.request.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._live[sequence.request.request_id]
 
 
-def _counts(step: list[Scheduled]) -> tuple[int, int, int]:
-    """Return (prefill tokens, decode tokens, rows) of a step."""
-    decode = sum(s.num_tokens == 1 and s.sequence.num_computed_tokens >= s.sequence.num_prompt_tokens for s in step)
-    return sum(s.num_tokens for s in step) - decode, decode, len(step)
+def _template(
+    sampling: SamplingParams | None, stopping: StoppingParams | None, constraint: Constraint | None, priority: int
+) -> Request:
+    return Request(
+        request_id="",
+        prompt_token_ids=(),
+        sampling=sampling or SamplingParams(temperature=0.0),
+        stopping=stopping or StoppingParams(),
+        constraint=constraint,
+        priority=priority,
+    )

@@ -1,61 +1,197 @@
-"""One step on the device: scheduled tokens in, logits of the sequences that reached their end out."""
+"""One step on the device: a plan in, drawn tokens out."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
 
 import torch
 
 from pressd.runtime.kernels.attention.batch import AttentionBatch, QueryRun
+from pressd.runtime.kv_cache import BlockCopy, KVGroup
 from pressd.runtime.layers.attention import LayerKV
 from pressd.runtime.models.decoder import Decoder
-from pressd.runtime.scheduler import Scheduled
+from pressd.runtime.request import TokenLogprobs
+from pressd.runtime.sampling import Drawn, Sampler, TokenMasks, log_probabilities
+from pressd.runtime.scheduler import Scheduled, StepPlan
+from pressd.runtime.state import RequestTable, StepInput
+
+# Rows of a prompt's logits that exist at once: 64 x 150,000 in float32 are 38 MB.
+PROMPT_TILE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Log-probabilities, on the device, of the prompt tokens that follow `first` ... in a sequence of the plan."""
+
+    item: Scheduled
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor
+    top_ids: torch.Tensor
+    top_logprobs: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step whose work is under way; its results are on the device. `model_seconds` the host waited for layers."""
+
+    plan: StepPlan
+    drawn: Drawn
+    prompts: tuple[PromptScores, ...]
+    model_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step has for one of its sequences. `token_id` None: it drew nothing."""
+
+    item: Scheduled
+    token_id: int | None = None
+    finite: bool = True
+    possible: bool = True
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Runner:
-    """Owns the KV pool's memory and turns a step's schedule into tensors."""
+    """Owns the memory of the KV groups and of the request table, and turns plans into tensors."""
 
-    def __init__(self, decoder: Decoder, *, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, decoder: Decoder, groups: Many[KVGroup], *, block_size: int, max_batch: int, max_length: int
+    ) -> None:
         self.decoder = decoder
         self.block_size = block_size
-        self.kv: list[LayerKV] = [decoder.new_kv(num_blocks, block_size) for _ in decoder.blocks]
         self.num_gathers = 0
+        self.groups = tuple(groups)
+        self._group_of = {layer: number for number, group in enumerate(groups) for layer in group.layers}
+        num_layers = len(decoder.blocks)
+        self.kv: list[LayerKV] = [
+            decoder.new_kv(self.groups[self._group_of[layer]].num_blocks, block_size) for layer in range(num_layers)
+        ]
+        self.table = RequestTable(
+            num_rows=max_batch,
+            max_length=max_length,
+            num_groups=len(groups),
+            block_size=block_size,
+            device=decoder.device,
+        )
+        self.sampler = Sampler(
+            num_rows=max_batch,
+            vocab_size=decoder.config.vocab_size,
+            eos_token_ids=decoder.config.eos_token_ids,
+            device=decoder.device,
+            token_table=self.table.token_ids,
+        )
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the KV pool in all layers."""
+        """Bytes of the keys and values of all layers."""
         return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in self.kv)
 
-    def run(self, step: Sequence[Scheduled]) -> torch.Tensor:
-        """Compute the scheduled tokens; return logits [rows, vocab], a row per sequence that reached its end."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        ends: list[int] = []
-        runs: list[QueryRun] = []
-        for scheduled in step:
-            sequence, done = scheduled.sequence, scheduled.sequence.num_computed_tokens
-            until = done + scheduled.num_tokens
-            runs.append(
-                QueryRun(
-                    start=len(token_ids),
-                    length=scheduled.num_tokens,
-                    kv_length=until,
-                    block_table=sequence.block_table,
-                    first_block=sequence.first_block,
-                )
-            )
-            token_ids += sequence.token_ids[done:until]
-            positions += range(done, until)
-            slots += self._slots(sequence.block_table, done, until)
-            if scheduled.reaches_end:
-                ends.append(len(token_ids) - 1)
-        device = self.decoder.device
-        batch = AttentionBatch(runs=tuple(runs), slot_mapping=torch.tensor(slots, device=device))
-        self.num_gathers += batch.num_gathers * len(self.kv)
-        ids, places = torch.tensor(token_ids, device=device), torch.tensor(positions, device=device)
-        hidden = self.decoder.forward(ids, places, self.kv, batch)
-        logits = self.decoder.lm_head(hidden[torch.tensor(ends, dtype=torch.int64, device=device)])
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    def launch(self, plan: StepPlan, allowed: TokenMasks | None = None) -> Launched:
+        """Start a step; `allowed` masks the sequences that draw, counted in the order of the plan."""
+        for row in plan.released:
+            self.sampler.release(row)
+        for sequence in plan.admitted:
+            assert sequence.row is not None
+            self.table.admit(sequence)
+            self.sampler.admit(sequence.row, sequence.request, sequence.index, len(sequence.token_ids))
+        for item in plan.rows:
+            self.table.update_blocks(item.sequence)
+        for copy in plan.copies:
+            self._copy(copy)
+        step = self.table.prepare(plan.rows)
+        began = time.perf_counter()
+        hidden = self.decoder.forward(step.token_ids, step.positions, self.kv, self._batches(plan, step))
+        logits = self.decoder.lm_head(hidden.index_select(0, step.ends))
+        model_seconds = time.perf_counter() - began
+        drawn = self._draw(plan, step, logits, allowed)
+        prompts = tuple(self._score_prompt(item, hidden, first) for item, first in _reporting(plan))
+        return Launched(plan, drawn, prompts, model_seconds)
 
-    def _slots(self, block_table: tuple[int, ...], start: int, stop: int) -> list[int]:
-        size = self.block_size
-        return [block_table[position // size] * size + position % size for position in range(start, stop)]
+    def collect(self, launched: Launched) -> list[Outcome]:
+        """Wait for a step and return an outcome for each sequence of its plan, in order."""
+        drawn = launched.drawn
+        tokens, finite, possible = drawn.token_ids.tolist(), drawn.finite.tolist(), drawn.possible.tolist()
+        logprobs = drawn.logprobs.by_place() if drawn.logprobs is not None else {}
+        prompts = {scores.item.sequence: _read(scores) for scores in launched.prompts}
+        outcomes, place = [], 0
+        for item in launched.plan.rows:
+            report = prompts.get(item.sequence, ())
+            if item.draws:
+                scores = (logprobs[place],) if place in logprobs else ()
+                outcomes.append(Outcome(item, tokens[place], finite[place], possible[place], scores, report))
+                place += 1
+            else:
+                outcomes.append(Outcome(item, prompt_logprobs=report))
+        return outcomes
+
+    def _draw(self, plan: StepPlan, step: StepInput, logits: torch.Tensor, allowed: TokenMasks | None) -> Drawn:
+        rows = [item.row for item in plan.rows if item.draws]
+        places = step.positions.index_select(0, step.ends) + 1
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        drawn = self.sampler.sample(wide, rows, places, allowed)
+        self.table.append(rows, places, drawn.token_ids)
+        return drawn
+
+    def _batches(self, plan: StepPlan, step: StepInput) -> list[AttentionBatch]:
+        """Return each layer's batch; layers of a group share theirs."""
+        batches = []
+        for number, group in enumerate(self.groups):
+            runs, start = [], 0
+            for item in plan.rows:
+                table = item.sequence.tables[number]
+                length = item.stop - item.start
+                runs.append(
+                    QueryRun(
+                        start=start,
+                        length=length,
+                        kv_length=item.stop,
+                        block_table=table.blocks,
+                        first_block=table.first_block,
+                    )
+                )
+                start += length
+            batches.append(AttentionBatch(runs=tuple(runs), slot_mapping=step.slots[number]))
+            self.num_gathers += batches[-1].num_gathers * len(group.layers)
+        return [batches[self._group_of[layer]] for layer in range(len(self.kv))]
+
+    def _copy(self, copy: BlockCopy) -> None:
+        sources, targets = (torch.tensor(blocks, device=self.decoder.device) for blocks in (copy.sources, copy.targets))
+        for layer in self.groups[copy.group].layers:
+            for blocks in (self.kv[layer].keys, self.kv[layer].values):
+                blocks.index_copy_(0, targets, blocks.index_select(0, sources))
+
+    def _score_prompt(self, item: Scheduled, hidden: torch.Tensor, first_row: int) -> PromptScores:
+        """Score the prompt tokens that come after those of this chunk."""
+        sequence = item.sequence
+        stop = min(item.stop, sequence.num_prompt_tokens - 1)
+        rows = hidden[first_row : first_row + stop - item.start]
+        following = self.table.token_ids[item.row, item.start + 1 : stop + 1]
+        num_top = sequence.request.sampling.top_logprobs
+        tiles = []
+        for begin in range(0, rows.size(0), PROMPT_TILE):
+            logits = self.decoder.lm_head(rows[begin : begin + PROMPT_TILE])
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            tiles.append(log_probabilities(wide, following[begin : begin + PROMPT_TILE], num_top))
+        scores, top_ids, top = (torch.cat(parts) for parts in zip(*tiles, strict=True))
+        return PromptScores(item, following.clone(), scores, top_ids, top)
+
+
+def _reporting(plan: StepPlan) -> list[tuple[Scheduled, int]]:
+    """Return the parts of the plan that have prompt tokens to score, and their first rows in the step."""
+    found, row = [], 0
+    for item in plan.rows:
+        sequence = item.sequence
+        if sequence.reports_prompt and item.start < sequence.num_prompt_tokens - 1:
+            found.append((item, row))
+        row += item.stop - item.start
+    return found
+
+
+def _read(scores: PromptScores) -> tuple[TokenLogprobs, ...]:
+    columns = (scores.token_ids, scores.logprobs, scores.top_ids, scores.top_logprobs)
+    ids, values, top_ids, top = (column.tolist() for column in columns)
+    return tuple(
+        TokenLogprobs(token_id=token, logprob=value, top=tuple(zip(others, tops, strict=True)))
+        for token, value, others, tops in zip(ids, values, top_ids, top, strict=True)
+    )

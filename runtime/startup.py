@@ -1,31 +1,49 @@
 """From a directory to a runner that is warm: read, verify, pack, size the KV pool."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
-from pressd.runtime.artifact.errors import ArtifactError
 from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.config import EngineConfig
+from pressd.runtime.constraints import ConstraintCompiler
+from pressd.runtime.costs import CostTable, StepBudget, TimeBudget, TokenBudget
+from pressd.runtime.kv_cache import KVCache, KVGroup
+from pressd.runtime.kv_plan import longest_sequence, plan_groups
 from pressd.runtime.models import Decoder, load_decoder
-from pressd.runtime.request import EngineInfo
+from pressd.runtime.report import EngineInfo
 from pressd.runtime.runner import Runner
 
 # Share of the memory that is free when the weights are loaded which an unconfigured KV pool may take.
 KV_SHARE = 0.25
 WARMUP_TOKENS = 16
+# Steps are timed with 1, 4, 16, ... tokens, the best of so many runs each, until one takes so many targets.
+COST_RUNS = 2
+ENOUGH = 2.0
 
 
-def start(path: Path, config: EngineConfig) -> tuple[Runner, EngineInfo]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineParts:
+    """What an engine is made of."""
+
+    runner: Runner
+    kv: KVCache
+    budget: StepBudget
+    compiler: ConstraintCompiler
+    info: EngineInfo
+
+
+def start(path: Path, config: EngineConfig) -> EngineParts:
     """Load the model and allocate its KV pool; raises ArtifactError or ValueError, one line each."""
     began = time.monotonic()
     checkpoint = Checkpoint.open(path)
     return start_from(checkpoint, config, verify_seconds=time.monotonic() - began)
 
 
-def start_from(checkpoint: Checkpoint, config: EngineConfig, *, verify_seconds: float) -> tuple[Runner, EngineInfo]:
+def start_from(checkpoint: Checkpoint, config: EngineConfig, *, verify_seconds: float) -> EngineParts:
     """Start as `start` does from a checkpoint that is open already, which took `verify_seconds`."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -35,32 +53,91 @@ def start_from(checkpoint: Checkpoint, config: EngineConfig, *, verify_seconds: 
     decoder = load_decoder(checkpoint, device=device, dtype=dtype, prefer=config.kernels)
     seconds["read"] = time.monotonic() - began
     began = time.monotonic()
-    with torch.inference_mode():
-        ids = torch.zeros(1, min(WARMUP_TOKENS, decoder.config.max_context), dtype=torch.int64)
-        decoder.full_logits(ids)[:, -1].cpu()  # a copy to the host waits until the device has done it
+    budget = measure_budget(decoder, config)
     seconds["warmup"] = time.monotonic() - began
     max_context = context_limit(config, decoder)
-    num_blocks = size_pool(config, decoder, max_context)
-    runner = Runner(decoder, num_blocks=num_blocks, block_size=config.block_size)
-    info = EngineInfo(
+    groups = size_groups(config, decoder, max_context)
+    kv_tokens = longest_sequence(
+        groups, block_size=config.block_size, max_context=max_context, chunk=config.max_step_tokens
+    )
+    runner = Runner(
+        decoder,
+        groups,
+        block_size=config.block_size,
+        max_batch=config.max_batch,
+        max_length=min(max_context, kv_tokens + 1),  # the last token of a sequence is never computed
+    )
+    info = _describe(checkpoint, runner, config, max_context, kv_tokens, seconds)
+    kv = KVCache(
+        groups,
+        config.block_size,
+        contiguous=device.type == "cpu",  # where attention reads views; a GPU's kernels follow block tables
+        prefix_cache=config.prefix_cache,
+        artifact_id=checkpoint.artifact_id,
+        kv_dtype=info.kv_dtype,
+    )
+    compiler = ConstraintCompiler(checkpoint.path, info.vocab_size, info.eos_token_ids)
+    return EngineParts(runner=runner, kv=kv, budget=budget, compiler=compiler, info=info)
+
+
+def _describe(
+    checkpoint: Checkpoint,
+    runner: Runner,
+    config: EngineConfig,
+    max_context: int,
+    kv_tokens: int,
+    seconds: dict[str, float],
+) -> EngineInfo:
+    decoder = runner.decoder
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    return EngineInfo(
         architecture=decoder.config.architecture,
         artifact_id=checkpoint.artifact_id,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        kv_dtype=str(dtype).removeprefix("torch."),
+        device=str(decoder.device),
+        dtype=dtype,
+        kv_dtype=dtype,
         vocab_size=decoder.config.vocab_size,
         max_context=max_context,
         max_batch=config.max_batch,
         eos_token_ids=decoder.config.eos_token_ids,
         block_size=config.block_size,
-        kv_blocks=num_blocks,
+        kv_blocks=sum(group.num_blocks for group in runner.groups),
+        kv_tokens=kv_tokens,
         kv_bytes=runner.kv_bytes,
         weights_bytes=decoder.weights_bytes,
         dense_bytes=checkpoint.dense_bytes,
         kernels=decoder.kernels,
         load_seconds=seconds,
     )
-    return runner, info
+
+
+@torch.inference_mode()
+def measure_budget(decoder: Decoder, config: EngineConfig) -> StepBudget:
+    """Warm the model up and return how a step's tokens are bounded: by time where a target is set, else by number."""
+    longest = min(config.max_step_tokens, decoder.config.max_context)
+    if config.target_itl is None:
+        _seconds(decoder, min(WARMUP_TOKENS, longest))
+        return TokenBudget(config.max_step_tokens)
+    _seconds(decoder, 1)
+    tokens: list[int] = []
+    seconds: list[float] = []
+    size = 1
+    while not seconds or (tokens[-1] < longest and seconds[-1] < ENOUGH * config.target_itl):
+        tokens.append(min(size, longest))
+        seconds.append(min(_seconds(decoder, tokens[-1]) for _ in range(COST_RUNS)))
+        size *= 4
+    table = CostTable(tuple(tokens), tuple(seconds))
+    return TimeBudget(
+        table, config.target_itl, max_step_tokens=config.max_step_tokens, floor=min(config.block_size, longest)
+    )
+
+
+def _seconds(decoder: Decoder, num_tokens: int) -> float:
+    """Return how long a step of one prompt of `num_tokens` takes, the last token's logits included."""
+    ids = torch.zeros(1, num_tokens, dtype=torch.int64)
+    began = time.perf_counter()
+    decoder.lm_head(decoder.hidden_states(ids)[:, -1]).cpu()  # a copy to the host waits until the device has done it
+    return time.perf_counter() - began
 
 
 def pick_device(config: EngineConfig) -> torch.device:
@@ -92,18 +169,21 @@ def context_limit(config: EngineConfig, decoder: Decoder) -> int:
     return config.max_context
 
 
-def size_pool(config: EngineConfig, decoder: Decoder, max_context: int) -> int:
-    """Return the number of KV blocks that the configured or the free memory allows."""
-    block_bytes = decoder.kv_bytes_per_token * config.block_size
+def size_groups(config: EngineConfig, decoder: Decoder, max_context: int) -> tuple[KVGroup, ...]:
+    """Return the KV groups, with the blocks that the configured or the free memory allows."""
     if config.kv_memory is not None:
-        budget = config.kv_memory
+        memory = config.kv_memory
     elif decoder.device.type == "cuda":
-        budget = int(torch.cuda.mem_get_info(decoder.device)[0] * KV_SHARE)
+        memory = int(torch.cuda.mem_get_info(decoder.device)[0] * KV_SHARE)
     else:
-        budget = int(psutil.virtual_memory().available * KV_SHARE)
-    num_blocks = budget // block_bytes
-    if config.kv_memory is None:  # no more than can ever be used
-        num_blocks = min(num_blocks, config.max_batch * -(-max_context // config.block_size))
-    if num_blocks < 1:
-        raise ArtifactError(f"KV memory of {budget} bytes holds no block of {block_bytes} bytes; raise --kv-memory")
-    return num_blocks
+        memory = int(psutil.virtual_memory().available * KV_SHARE)
+    return plan_groups(
+        decoder.config.windows,
+        layer_block_bytes=decoder.kv_bytes_per_token * config.block_size // len(decoder.blocks),
+        memory=memory,
+        block_size=config.block_size,
+        max_context=max_context,
+        max_batch=config.max_batch,
+        chunk=config.max_step_tokens,
+        bounded=config.kv_memory is None,
+    )

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]  # not in the stubs
 from grpc_reflection.v1alpha import reflection
 
-from pressd.runtime.request import EngineInfo
+from pressd.runtime.report import EngineInfo
 from pressd.server import metrics as m
 from pressd.server.control import ControlServicer
 from pressd.server.door import Door, Phase

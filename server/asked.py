@@ -4,7 +4,9 @@ import secrets
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pressd.runtime.request import EngineInfo, Request, SamplingParams, StoppingParams
+from pressd.runtime.params import SamplingParams, StoppingParams
+from pressd.runtime.report import EngineInfo
+from pressd.runtime.request import Request
 from pressd.server.errors import Refusal, invalid
 from pressd.server.model_card import ModelCard
 
@@ -105,14 +107,14 @@ def engine_refusal(field: str, message: str, prompt_field: str) -> Refusal:
 
 def _max_new_tokens(asked: Asked, num_prompt_tokens: int, info: EngineInfo, card: ModelCard) -> int | None:
     """Bound a completion; None lets it fill the context. The last token of a sequence needs no place in the pool."""
-    pool = info.kv_blocks * info.block_size + 1 - num_prompt_tokens
+    pool = info.kv_tokens + 1 - num_prompt_tokens
     context = info.max_context - num_prompt_tokens
     wanted = card.max_new_tokens if asked.max_new_tokens is None else asked.max_new_tokens
     if min(wanted, context) > pool and (asked.max_new_tokens is not None or pool < 1):
         raise invalid(
             "stopping.max_new_tokens",
             f"prompt and completion need {num_prompt_tokens + min(wanted, context)} tokens of KV cache "
-            f"and the whole pool holds {info.kv_blocks * info.block_size}",
+            f"and the whole pool holds {info.kv_tokens}",
             reason="KV_CAPACITY",
         )
     wanted = min(wanted, pool)

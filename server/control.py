@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import grpc.aio
 from google.protobuf.message import Message
 
-from pressd.runtime.request import EngineInfo
+from pressd.runtime.report import EngineInfo
 from pressd.server.asked import MAX_STOP_LENGTH, MAX_STOP_TEXTS
 from pressd.server.door import Door, Phase
 from pressd.server.fields import HONOURED
@@ -104,7 +104,7 @@ def _limits(info: EngineInfo, card: ModelCard) -> model_pb2.Limits:
         max_batch=info.max_batch,
         max_stop_texts=MAX_STOP_TEXTS,
         max_stop_length=MAX_STOP_LENGTH,
-        max_kv_tokens=info.kv_blocks * info.block_size,
+        max_kv_tokens=info.kv_tokens,
     )
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
-from pressd.runtime.request import EngineInfo, StepStats
+from pressd.runtime.report import EngineInfo, StepStats
 from pressd.server import measure, wire
 from pressd.server import metrics as m
 from pressd.server.admission import Admission, Ticket

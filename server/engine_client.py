@@ -18,7 +18,8 @@ import zmq
 import zmq.asyncio
 
 from pressd.runtime.config import EngineConfig
-from pressd.runtime.request import EngineInfo, Request
+from pressd.runtime.report import EngineInfo
+from pressd.runtime.request import Request
 from pressd.server import wire
 
 FIRST_BACKOFF = 0.25  # seconds; doubles with every start that fails

@@ -13,7 +13,8 @@ import msgspec
 import zmq
 
 from pressd.runtime.config import EngineConfig
-from pressd.runtime.request import EngineInfo, Request, StepResult, StepStats
+from pressd.runtime.report import EngineInfo, StepResult, StepStats
+from pressd.runtime.request import Request
 from pressd.server import wire
 
 

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 
-from pressd.runtime.request import EngineInfo, StepStats
+from pressd.runtime.report import EngineInfo, StepStats
 from pressd.server import metrics as m
 from pressd.server.generation import Generation
 from pressd.server.model_card import ModelCard
@@ -14,11 +14,20 @@ REJECTIONS = {
     "DRAINING": "draining",
 }
 
+# Totals of the engine's reports, and the counters that follow them.
+TOTALS = {
+    "kv_gathers": m.KV_GATHERS,
+    "preemptions": m.PREEMPTIONS,
+    "prefix_queried_tokens": m.PREFIX_QUERIES,
+    "prefix_hit_tokens": m.PREFIX_HITS,
+    "evicted_blocks": m.PREFIX_EVICTED,
+}
+
 
 def begin(metrics: m.Metrics) -> None:
     """Show at zero what can only grow, so that rates exist from the first event on."""
     metrics.set(m.BUILD, importlib.metadata.version("pressd"), to=1)
-    for series in (m.RESTARTS, m.PROMPT_TOKENS, m.GENERATED_TOKENS, m.KV_GATHERS):
+    for series in (m.RESTARTS, m.PROMPT_TOKENS, m.GENERATED_TOKENS, *TOTALS.values()):
         metrics.add(series, by=0)
     metrics.add(m.NUMERIC_ERRORS, "nan_logits", by=0)
     for reason in REJECTIONS.values():
@@ -50,15 +59,19 @@ def gauges(metrics: m.Metrics, stats: StepStats, info: EngineInfo) -> None:
     """What the engine holds now."""
     metrics.set(m.RUNNING, to=stats.num_running)
     metrics.set(m.WAITING, to=stats.num_waiting)
+    metrics.set(m.SWAPPED, to=stats.num_preempted)
     metrics.set(m.KV_USAGE, to=stats.kv_blocks_used / info.kv_blocks)
     metrics.set(m.KV_BLOCKS, info.kv_dtype, "used", to=stats.kv_blocks_used)
-    metrics.set(m.KV_BLOCKS, info.kv_dtype, "free", to=info.kv_blocks - stats.kv_blocks_used)
+    metrics.set(m.KV_BLOCKS, info.kv_dtype, "cached", to=stats.kv_blocks_cached)
+    free = info.kv_blocks - stats.kv_blocks_used - stats.kv_blocks_cached
+    metrics.set(m.KV_BLOCKS, info.kv_dtype, "free", to=free)
     metrics.set(m.KV_USED, info.kv_dtype, to=info.kv_bytes * stats.kv_blocks_used // info.kv_blocks)
 
 
 def step(metrics: m.Metrics, stats: StepStats, before: StepStats | None) -> None:
     """The engine made a step; `before` are the stats of the one before it, whose totals it continues."""
-    metrics.add(m.KV_GATHERS, by=stats.kv_gathers - (before.kv_gathers if before else 0))
+    for name, series in TOTALS.items():
+        metrics.add(series, by=getattr(stats, name) - (getattr(before, name) if before else 0))
     metrics.add(m.NUMERIC_ERRORS, "nan_logits", by=stats.numeric_errors - (before.numeric_errors if before else 0))
     if stats.num_rows:
         kind = "decode" if not stats.num_prefill_tokens else "mixed" if stats.num_decode_tokens else "prefill"

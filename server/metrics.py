@@ -39,6 +39,8 @@ REJECTED = Series("requests_rejected", "counter", "Calls refused at the door", (
 CANCELLED = Series("requests_cancelled", "counter", "Requests ended by their client", ("model", "phase"))
 RUNNING = Series("requests_running", "gauge", "Requests being computed")
 WAITING = Series("requests_waiting", "gauge", "Requests waiting in the engine")
+SWAPPED = Series("requests_swapped", "gauge", "Of those, requests that ran and were put back for want of KV blocks")
+PREEMPTIONS = Series("preemptions", "counter", "Times a running request was put back")
 REQUEST_DURATION = Series(
     "request_duration_seconds", "histogram", "Arrival to end of a generation", ("model", "code"), DURATION
 )
@@ -64,6 +66,9 @@ KV_BLOCKS = Series("kv_cache_blocks", "gauge", "KV blocks by state", ("model", "
 KV_BLOCK_TOKENS = Series("kv_cache_block_tokens", "gauge", "Tokens of a KV block", ("model", "dtype"))
 KV_CAPACITY = Series("kv_cache_capacity_bytes", "gauge", "Memory of the KV pool", ("model", "dtype"))
 KV_USED = Series("kv_cache_used_bytes", "gauge", "Memory of the KV blocks in use", ("model", "dtype"))
+PREFIX_QUERIES = Series("prefix_cache_queries_tokens", "counter", "Prompt tokens looked up in the prefix cache")
+PREFIX_HITS = Series("prefix_cache_hits_tokens", "counter", "Prompt tokens found in the prefix cache")
+PREFIX_EVICTED = Series("prefix_cache_evicted_blocks", "counter", "Cached blocks that were taken for something else")
 KV_GATHERS = Series("kv_gathers", "counter", "Times scattered KV blocks had to be copied")
 WEIGHTS = Series("model_weights_bytes", "gauge", "Memory of the weights", ("model", "device", "format"))
 DENSE = Series("model_weights_dense_equivalent_bytes", "gauge", "The same weights in the source's precision")

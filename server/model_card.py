@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pressd.runtime.artifact.manifest import Manifest, read_manifest
-from pressd.runtime.request import SamplingParams, StoppingParams
+from pressd.runtime.params import SamplingParams, StoppingParams
 
 if TYPE_CHECKING:
     from pressd.runtime.artifact.schemes import Scheme

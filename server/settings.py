@@ -32,6 +32,7 @@ class Settings:
     kv_memory: int | None = None
     max_batch: int = 32
     max_step_tokens: int = 512
+    target_itl: float = 0.25
     max_queue_requests: int = 256
     max_queue_tokens: int = 262144
     shutdown_timeout: float = 25.0
@@ -54,6 +55,7 @@ class Settings:
             kv_memory=self.kv_memory,
             max_batch=self.max_batch,
             max_step_tokens=self.max_step_tokens,
+            target_itl=self.target_itl or None,
         )
 
 
@@ -127,6 +129,11 @@ OPTIONS: dict[str, Option] = {
     "kv_memory": Option(parse=_size, metavar="SIZE", help="memory of the KV cache, e.g. 512MiB (by batch and context)"),
     "max_batch": Option(parse=_integer(1), help="most requests computed at once (32)"),
     "max_step_tokens": Option(parse=_integer(1), help="most tokens computed in one step (512)"),
+    "target_itl": Option(
+        parse=_seconds,
+        metavar="SECONDS",
+        help="longest step beside requests that wait for their next token; long prompts are cut to it (0.25; 0: not)",
+    ),
     "max_queue_requests": Option(parse=_integer(0), help="most requests waiting for a place in the batch (256)"),
     "max_queue_tokens": Option(parse=_integer(1), help="most prompt tokens waiting (262144)"),
     "shutdown_timeout": Option(parse=_seconds, metavar="SECONDS", help="how long SIGTERM waits for requests (25)"),

@@ -6,7 +6,8 @@ from typing import Any
 
 from google.protobuf.message import Message as ProtoMessage
 
-from pressd.runtime.request import FinishReason, SamplingParams, StoppingParams
+from pressd.runtime.params import SamplingParams, StoppingParams
+from pressd.runtime.request import FinishReason
 from pressd.server.asked import (
     MAX_STOP_LENGTH,
     MAX_STOP_TEXTS,

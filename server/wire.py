@@ -4,7 +4,8 @@ from typing import TypeAlias
 
 import msgspec
 
-from pressd.runtime.request import EngineInfo, Request, StepResult
+from pressd.runtime.report import EngineInfo, StepResult
+from pressd.runtime.request import Request
 
 
 class Commands(msgspec.Struct, frozen=True, kw_only=True):

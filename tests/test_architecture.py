@@ -17,7 +17,12 @@ MAX_LINES = 350
 
 GRPC = ("grpc", "grpc_health", "grpc_reflection", "grpc_status")
 PROTOCOL = (*GRPC, "prometheus_client", "pressd.v1", "pressd.client")
-TORCH_FREE = tuple(f"pressd.runtime.{name}" for name in ("scheduler", "blocks", "request", "config"))
+PLAIN = (
+    *("config", "params", "request", "report", "validation", "errors"),
+    *("scheduler", "sequence", "costs", "emission", "kv_cache", "kv_plan", "prefix"),
+)
+TORCH_FREE = tuple(f"pressd.runtime.{name}" for name in PLAIN)
+ARRAYS_ONLY = ("pressd.runtime.blocks", "pressd.runtime.placement")
 # (who, must not import any of these); a name stands for everything below it.
 FORBIDDEN: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("pressd",), ("server", "runtime", "compress", "pickle", "dill", "cloudpickle", "os.environ", "os.getenv")),
@@ -25,6 +30,7 @@ FORBIDDEN: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("pressd.compress",), (*PROTOCOL, "pressd.server", "zmq")),
     (("pressd.server",), ("pressd.compress",)),
     (TORCH_FREE, ("torch", "transformers", "numpy")),
+    (ARRAYS_ONLY, ("torch", "transformers")),
 )
 # (who, the only packages of ours it imports, the only others; None: any)
 ALLOWED: tuple[tuple[str, tuple[str, ...], tuple[str, ...] | None], ...] = (

@@ -34,6 +34,10 @@ def paths(text: str) -> set[str]:
     return {path for path in (*linked, *quoted) if "<" not in path}
 
 
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
 PRESSD = [line for line in command_lines(README) if line.startswith("pressd ")]
 
 
@@ -54,11 +58,26 @@ def test_a_command_line_that_is_wrong_does_not_parse(capsys: pytest.CaptureFixtu
 
 
 def test_python_of_the_readme_calls_what_exists() -> None:
-    (program,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    program, _ = python_blocks(README)
     calls = [node for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Call)]
     (stream,) = [call for call in calls if ast.unparse(call.func) == "client.stream"]
     options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in stream.keywords}
     messages.generate_request("text", GenerateOptions(**options))  # type: ignore[typeddict-item]  # refuses unknown ones
+
+
+def test_library_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the example model, where it prints two greedy answers and a drawn one."""
+    from pressd.runtime import Engine, SamplingParams, StoppingParams
+
+    _, program = python_blocks(README)
+    assert program.count('"PRESSED"') == 1
+    example = ROOT / "examples" / "pylm"
+    code = compile(program.replace('"PRESSED"', repr(str(example))), "README.md", "exec")
+    exec(code, {})  # noqa: S102 - it is our own document
+    engine, stopping = Engine.from_pretrained(example), StoppingParams(max_new_tokens=40)
+    expected = [completion.text for completion in engine.generate(["def main():", "import "], stopping=stopping)]
+    drawn = engine.generate("class Node:", SamplingParams(temperature=0.8, seed=1), stopping)[0].text
+    assert capsys.readouterr().out == f"{expected[0]}\n{expected[1]}\n{drawn}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -14,7 +14,7 @@ from pressd.runtime.kernels.mask import format as mask
 from pressd.runtime.kernels.registry import Device, LinearKernel, LinearProblem, Preference, Tensors, select
 from pressd.runtime.layers.embedding import Embedding
 from pressd.runtime.layers.linear import ChainLinear, Linear, LinearLayer, SumLinear, UnfusedLinear
-from pressd.runtime.request import KernelChoice
+from pressd.runtime.report import KernelChoice
 
 # Describes the shape of the stored weight, not its values; the problem carries the shape already.
 _NOT_ROWS = "weight_shape"

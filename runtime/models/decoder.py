@@ -5,6 +5,7 @@ Shapes: T new tokens of all sequences of a step in one row, H hidden, V vocabula
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -16,7 +17,9 @@ from pressd.runtime.layers.mlp import GatedMLP
 from pressd.runtime.layers.norm import RMSNorm
 from pressd.runtime.layers.rotary import Rotary
 from pressd.runtime.models.config import DecoderConfig
-from pressd.runtime.request import KernelChoice
+from pressd.runtime.report import KernelChoice
+
+Batches: TypeAlias = AttentionBatch | Sequence[AttentionBatch]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +58,7 @@ class Decoder:
     unfused_groups: int
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, kv: Sequence[LayerKV], batch: AttentionBatch
+        self, token_ids: torch.Tensor, positions: torch.Tensor, kv: Sequence[LayerKV], batch: Batches
     ) -> torch.Tensor:
         """Return hidden states [T, H] after the final norm, for ids and positions int64 [T]; writes the new KV."""
         return self.final_norm(self.run_layers(self.embedding(token_ids), positions, kv, batch))
@@ -65,18 +68,19 @@ class Decoder:
         x_TH: torch.Tensor,
         positions: torch.Tensor,
         kv: Sequence[LayerKV],
-        batch: AttentionBatch,
+        batch: Batches,
         layers: range | None = None,
     ) -> torch.Tensor:
         """Return the residual stream [T, H] after `layers` (None: all), given the one before them; writes their KV.
 
         The stream starts as the embedding and ends at the final norm; it may be taken on from wherever it was left.
-        `kv` has an entry for each of the decoder's layers.
+        `kv` has an entry for each of the decoder's layers; so has `batch`, unless it is one for all of them.
         """
         assert len(kv) == len(self.blocks), f"{len(kv)} layers of keys and values for {len(self.blocks)} blocks"
+        batches = [batch] * len(kv) if isinstance(batch, AttentionBatch) else batch
         cos, sin = self.rotary.select(positions)
         for index in range(len(self.blocks)) if layers is None else layers:
-            x_TH = self.blocks[index](x_TH, cos, sin, kv[index], batch)
+            x_TH = self.blocks[index](x_TH, cos, sin, kv[index], batches[index])
         return x_TH
 
     def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from pressd.runtime.layers.rotary import Rotary
 from pressd.runtime.models import llama, qwen3
 from pressd.runtime.models.config import DecoderConfig
 from pressd.runtime.models.decoder import Block, Decoder
-from pressd.runtime.request import KernelChoice
+from pressd.runtime.report import KernelChoice
 
 FAMILIES: dict[str, Callable[[Config, ModelMap], DecoderConfig]] = {
     "LlamaForCausalLM": llama.read_config,

@@ -28,7 +28,8 @@ from pressd.compress import compress
 from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.config import EngineConfig
 from pressd.runtime.engine import Engine
-from pressd.runtime.request import Request, SamplingParams, StoppingParams
+from pressd.runtime.params import SamplingParams, StoppingParams
+from pressd.runtime.request import Request
 from pressd.runtime.startup import start_from
 
 PYLM = Path(__file__).parents[2] / "examples" / "pylm"
@@ -162,7 +163,7 @@ def measure(checkpoint: Any, label: str, scheme: str, arguments: argparse.Namesp
     config = EngineConfig(
         device=arguments.device, dtype="bfloat16", max_batch=max(BATCHES), max_step_tokens=PREFILL, max_context=1024
     )
-    engine = Engine(*start_from(checkpoint, config, verify_seconds=0.0), config)
+    engine = Engine(start_from(checkpoint, config, verify_seconds=0.0), config)
     # Of what is multiplied for every token: the linears in the blocks.
     linears = [member for group in checkpoint.model.groups() if "layers." in group.name for member in group.members]
     weights = sum(linear.out_features * linear.in_features for linear in linears)

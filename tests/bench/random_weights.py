@@ -6,6 +6,8 @@ their codes, and products keep the size of their inputs, so that no kernel meets
 
 import hashlib
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ class RandomCheckpoint:
     def __init__(
         self, config: dict[str, Any], scheme: str, *, device: torch.device, dtype: torch.dtype, whole: bool = False
     ) -> None:
+        self.path = Path("in no file")
         self.config = config
         self.model = describe(config)
         self.torch_dtype = dtype
@@ -47,6 +50,12 @@ class RandomCheckpoint:
     @property
     def dense_bytes(self) -> int:
         return self.model.num_params * self.torch_dtype.itemsize
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the tensors that an artifact of this scheme has."""
+        dense = sum(math.prod(shape) for shape in self.model.others().values()) * self.torch_dtype.itemsize
+        return dense + sum(spec.stored_bytes(self.torch_dtype) for spec in self._specs.values())
 
     def linear(self, prefix: str) -> Any:
         return self._specs[prefix]

@@ -18,7 +18,7 @@ from pressd.runtime.kernels.attention.batch import AttentionBatch, QueryRun
 from pressd.runtime.layers.linear import Linear
 from pressd.runtime.models import Decoder, load_decoder
 from pressd.runtime.models.decoder import Block
-from pressd.runtime.request import StoppingParams
+from pressd.runtime.params import StoppingParams
 
 CPU = torch.device("cpu")
 PYLM = Path(__file__).parents[2] / "examples" / "pylm"
@@ -172,7 +172,8 @@ def test_greedy_text_equals_transformers(pair: Pair) -> None:
     engine = Engine.from_pretrained(pair.path, EngineConfig(dtype="float32", max_batch=3, max_step_tokens=16))
     prompts = [row[: 5 + 11 * index].tolist() for index, row in enumerate(pair.token_ids)]
     ours = engine.generate(prompts, stopping=StoppingParams(max_new_tokens=24, ignore_eos=True))
-    for prompt, answer in zip(prompts, ours, strict=True):
+    for prompt, completion in zip(prompts, ours, strict=True):
+        answer = list(completion.token_ids)
         with torch.no_grad():
             favourites = pair.model(torch.tensor([prompt + answer])).logits[0].argmax(dim=-1)
         assert answer == favourites[len(prompt) - 1 : -1].tolist()

@@ -22,7 +22,9 @@ from pressd.runtime.config import EngineConfig
 from pressd.runtime.engine import Engine
 from pressd.runtime.kernels.registry import Device
 from pressd.runtime.models import loading
-from pressd.runtime.request import FinishReason, Request, SamplingParams, StoppingParams
+from pressd.runtime.params import SamplingParams, StoppingParams
+from pressd.runtime.request import FinishReason, Request
+from pressd.runtime.sampling import Sampler, TokenMasks
 
 CUDA = torch.device("cuda", 0)
 SCHEMES = (
@@ -139,8 +141,7 @@ def start(random_weights: ModuleType, scheme: str, dtype: torch.dtype, *, whole:
     cpu = torch.device("cpu")
     checkpoint = random_weights.RandomCheckpoint(SHAPE | shape, scheme, device=cpu, dtype=dtype, whole=whole)
     config = EngineConfig(kernels="reference", block_size=4, max_batch=3, max_step_tokens=8, kv_memory=1 << 16)
-    runner, info = startup.start_from(checkpoint, config, verify_seconds=0.0)
-    return Engine(runner, info, config)
+    return Engine(startup.start_from(checkpoint, config, verify_seconds=0.0), config)
 
 
 def add(engine: Engine) -> None:
@@ -171,9 +172,10 @@ def test_every_family_does(random_weights: ModuleType, architecture: str) -> Non
     """With tied embeddings, in float32, where a family has one with a window, and on scattered blocks."""
     shape = {"architectures": [architecture], "num_hidden_layers": 2, "sliding_window": 7, "tie_word_embeddings": True}
     engine = start(random_weights, "bf16", torch.float32, **shape)
-    blocks = engine._pool.allocate(engine.info.kv_blocks)
-    assert blocks is not None
-    engine._pool.free(blocks[::2])
+    for pool in engine._kv.pools:
+        blocks = pool.allocate(1, pool.num_blocks)
+        assert blocks is not None
+        pool.release(blocks[::2], -1)
     check(engine)
     assert engine.stats().kv_gathers > 0
 
@@ -212,11 +214,46 @@ def test_a_tensor_left_on_the_cpu_is_found(random_weights: ModuleType, what: str
         engine.step()
 
 
+SAMPLED = {
+    "top_k": SamplingParams(top_k=5),
+    "top_k of hundreds": SamplingParams(top_k=300),
+    "top_p and min_p": SamplingParams(top_p=0.9, min_p=0.1),
+    "typical_p": SamplingParams(typical_p=0.9),
+    "penalties": SamplingParams(repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.1),
+    "words": SamplingParams(
+        temperature=0.0, bad_words=((1,), (2, 3)), logit_bias=((1, 1.0),), allowed_token_ids=(1, 2)
+    ),
+    "logprobs": SamplingParams(temperature=0.0, logprobs=True, top_logprobs=5),
+}
+
+
+@pytest.mark.parametrize("setting", SAMPLED)
+def test_the_sampler_does_in_every_setting(setting: str) -> None:
+    """Beside a greedy row, and with a mask: all results on the device."""
+    vocab, stopping = 1000, StoppingParams(min_new_tokens=3)
+    table = torch.zeros(3, 16, dtype=torch.int64, device=CUDA)
+    sampler = Sampler(num_rows=3, vocab_size=vocab, eos_token_ids=[0], device=CUDA, token_table=table)
+    for row, sampling in enumerate((SAMPLED[setting], SamplingParams(temperature=0.0), SAMPLED[setting])):
+        request = Request(request_id="x", prompt_token_ids=(1, 2), sampling=sampling, stopping=stopping)
+        sampler.admit(row, request, 0, 4)
+    masks = TokenMasks([1], torch.zeros(1, 32, dtype=torch.int32, device=CUDA))
+    for rows in ([0, 1, 2], [2, 0]):
+        logits = torch.zeros(len(rows), vocab, device=CUDA)
+        positions = torch.full((len(rows),), 4, device=CUDA)
+        drawn = sampler.sample(logits, rows, positions, masks)
+        assert drawn.token_ids.device == drawn.finite.device == drawn.possible.device == CUDA
+        assert drawn.token_ids.shape == drawn.finite.shape == drawn.possible.shape == (len(rows),)
+        assert (drawn.logprobs is not None) == (setting == "logprobs")
+    sampler.release(0)
+
+
 def test_a_sampler_that_forgets_its_device_is_found(
     random_weights: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start(random_weights, "bf16", torch.float32)
-    monkeypatch.setattr("pressd.runtime.sampling._column", lambda values, device: literal(values)[:, None])
+    monkeypatch.setattr(
+        "pressd.runtime.sampling.plan.upload", lambda values, dtype, device: literal(values, dtype=dtype)
+    )
     add(engine)
     with pytest.raises(RuntimeError, match="device"):
         engine.step()

@@ -17,8 +17,10 @@ from pressd.runtime.config import DeviceName, EngineConfig
 from pressd.runtime.engine import Engine
 from pressd.runtime.kernels.attention.batch import AttentionBatch, QueryRun
 from pressd.runtime.models import Decoder, load_decoder
-from pressd.runtime.request import SamplingParams, StoppingParams
-from pressd.runtime.sampling import gumbel, sample
+from pressd.runtime.params import SamplingParams, StoppingParams
+from pressd.runtime.request import Request
+from pressd.runtime.sampling import Drawn, Sampler, TokenMasks
+from pressd.runtime.sampling.noise import exact_times, position_keys, sequence_key
 
 PYLM = Path(__file__).parents[2] / "examples" / "pylm"
 CPU = torch.device("cpu")
@@ -152,11 +154,11 @@ def test_greedy_tokens_equal_transformers_on_the_cpu(
     engine = _engine(path, device, "float32")
     prompts = _prompts(engine)
     ours = engine.generate(prompts, stopping=StoppingParams(max_new_tokens=16, ignore_eos=True))
-    for prompt, answer in zip(prompts, ours, strict=True):
+    for prompt, completion in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
         lengths = {"min_new_tokens": 16, "max_new_tokens": 16, "eos_token_id": None, "pad_token_id": 0}
         whole = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **lengths)
-        assert answer == whole[0, len(prompt) :].tolist()
+        assert list(completion.token_ids) == whole[0, len(prompt) :].tolist()
 
 
 # Without w8a8: on another device the last bits of a sum differ, and with them a code may (see bound).
@@ -190,15 +192,72 @@ def _prompts(engine: Engine) -> list[list[int]]:
     return [torch.randint(0, engine.info.vocab_size, (n,), generator=generator).tolist() for n in (1, 9, 37)]
 
 
+DRAWN = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.7, seed=1),
+    SamplingParams(temperature=1.3, top_p=0.8, seed=2),
+    SamplingParams(top_k=50, top_p=0.9, min_p=0.01, seed=3),
+    SamplingParams(top_k=900, typical_p=0.8, seed=4),
+    SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2, presence_penalty=0.1, seed=5),
+    SamplingParams(bad_words=((2, 3), (4,)), logit_bias=((7, 2.0),), allowed_token_ids=tuple(range(3000)), seed=6),
+    SamplingParams(temperature=0.9, logprobs=True, top_logprobs=5, seed=7),
+)
+
+
+def _drawn(device: torch.device, steps: int) -> list[Drawn]:
+    """What every setting draws from logits float64 [rows, 4099], the last row masked by a constraint."""
+    vocab, generator = 4099, torch.Generator().manual_seed(8)
+    table = torch.randint(vocab, (len(DRAWN), 80), generator=generator).to(device)
+    sampler = Sampler(num_rows=len(DRAWN), vocab_size=vocab, eos_token_ids=[0], device=device, token_table=table)
+    for row, sampling in enumerate(DRAWN):
+        stopping = StoppingParams(min_new_tokens=30)
+        request = Request(request_id="x", prompt_token_ids=(5,) * 20, sampling=sampling, stopping=stopping)
+        sampler.admit(row, request, row % 2, 40)
+    results = []
+    for step in range(steps):
+        logits = 3 * torch.randn(len(DRAWN), vocab, generator=generator, dtype=torch.float64)
+        bits = torch.randint(-(2**31), 2**31, (1, -(-vocab // 32)), generator=generator).to(torch.int32)
+        masks = TokenMasks([len(DRAWN) - 1], bits.to(device))
+        positions = torch.full((len(DRAWN),), 40 + step, device=device)
+        results.append(sampler.sample(logits.to(device), list(range(len(DRAWN))), positions, masks))
+        table[:, 40 + step] = results[-1].token_ids
+    return results
+
+
 def test_noise_and_draws_are_the_cpus(device: torch.device) -> None:
-    seeds, positions, vocab = [0, 1, 2**64 - 1], [0, 5, 2**31], 4099
-    ours = gumbel(seeds, positions, vocab, device)
-    theirs = gumbel(seeds, positions, vocab, CPU)
-    # The hash is in integers; two float64 logarithms, each within an ulp or two, of numbers up to 37 in size. The inner
-    # one may be as small as 2^-53, where an ulp of its argument near 1 is all of it: so the outer is compared.
-    assert (ours.cpu() - theirs).abs().max() < 1e-12
-    logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-    params = [
-        SamplingParams(temperature=t, top_p=p, seed=s) for t, p, s in ((0.0, 1.0, 0), (0.7, 1.0, 1), (1.3, 0.8, 2))
-    ]
-    assert sample(logits.to(device), params, positions) == sample(logits, params, positions)
+    """Settings that the GPU filters in another way included."""
+    sequences = torch.tensor([sequence_key(seed, index) for seed, index in ((0, 0), (1, 5), (2**64 - 1, 63))])
+    positions, tokens = torch.tensor([0, 5, 2**31]), torch.arange(4099).expand(3, -1)
+    ours = exact_times(position_keys(sequences.to(device), positions.to(device)), tokens.to(device))
+    theirs = exact_times(position_keys(sequences, positions), tokens)
+    # The hash is in integers and the uniform number exact; one float64 logarithm, within two ulps each.
+    torch.testing.assert_close(ours.cpu(), theirs, rtol=4 * 2.0**-52, atol=0)
+    for here, there in zip(_drawn(device, 30), _drawn(CPU, 30), strict=True):
+        assert here.token_ids.device == device
+        assert torch.equal(here.token_ids.cpu(), there.token_ids)
+        assert here.finite.all()
+        assert here.possible.all()
+        assert here.logprobs is not None
+        assert there.logprobs is not None
+        # Sums of 4,099 numbers up to 1 in float64, and a difference of numbers below 40.
+        torch.testing.assert_close(here.logprobs.top_logprobs.cpu(), there.logprobs.top_logprobs, rtol=0, atol=1e-13)
+        assert torch.equal(here.logprobs.top_ids.cpu(), there.logprobs.top_ids)
+
+
+@pytest.mark.gpu
+def test_sampling_does_not_wait_for_the_gpu() -> None:
+    """Under a mode in which every wait raises, after a first step that builds what is kept."""
+    device = torch.device("cuda", 0)
+    vocab, rows = 4099, list(range(len(DRAWN)))
+    table = torch.zeros(len(DRAWN), 80, dtype=torch.int64, device=device)
+    sampler = Sampler(num_rows=len(DRAWN), vocab_size=vocab, eos_token_ids=[0], device=device, token_table=table)
+    for row, sampling in enumerate(DRAWN):
+        sampler.admit(row, Request(request_id="x", prompt_token_ids=(5,) * 20, sampling=sampling), 0, 40)
+    logits, positions = torch.randn(len(DRAWN), vocab, device=device), torch.full((len(DRAWN),), 40, device=device)
+    sampler.sample(logits, rows, positions)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampler.sample(logits, rows, positions)
+        sampler.sample(logits[:4], rows[2:6], positions[:4])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

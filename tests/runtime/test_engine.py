@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from pressd.runtime.config import EngineConfig
 from pressd.runtime.engine import Engine
 from pressd.runtime.errors import RequestError
-from pressd.runtime.request import FinishReason, Request, SamplingParams, StoppingParams
+from pressd.runtime.params import SamplingParams, StoppingParams
+from pressd.runtime.request import FinishReason, Request
 
 EXACT = EngineConfig(dtype="float64", kernels="reference", block_size=4, max_batch=5, max_step_tokens=11)
 
@@ -114,30 +115,35 @@ def test_requests_that_come_and_go_leave_nothing(tiny_llama: Path) -> None:
     assert engine.stats().kv_blocks_used == 0
 
 
-def test_fragmented_blocks_gather_and_agree(tiny_llama: Path) -> None:
-    """With free space in pieces a sequence is gathered instead of viewed: counted, and equal."""
-    config = EngineConfig(dtype="float64", kernels="reference", block_size=4, max_batch=8, kv_memory=32 * 4 * 1024)
+def test_scattered_blocks_are_gathered_and_agree(tiny_llama: Path) -> None:
+    """With no free run long enough a sequence takes pieces and is gathered instead of viewed: counted, and equal."""
+    config = EngineConfig(dtype="float64", kernels="reference", block_size=4, max_batch=12, kv_memory=40 * 4 * 1024)
     engine = Engine.from_pretrained(tiny_llama, config)
-    assert engine.info.kv_blocks == 32  # 2 layers x 2 (K and V) x 2 heads x 16 x 8 bytes x 4 tokens = 4 KiB a block
+    assert engine.info.kv_blocks == 40  # 2 layers x 2 (K and V) x 2 heads x 16 x 8 bytes x 4 tokens = 4 KiB a block
 
-    def fill(name: str, tokens: int) -> Request:
-        stopping = StoppingParams(max_new_tokens=tokens - 3, ignore_eos=True)
-        return Request(request_id=name, prompt_token_ids=(5, 6, 7), stopping=stopping)
+    def request(name: str, prompt: tuple[int, ...], tokens: int) -> Request:
+        stopping = StoppingParams(max_new_tokens=tokens, ignore_eos=True)
+        return Request(request_id=name, prompt_token_ids=prompt, stopping=stopping, bypass_prefix_cache=True)
 
     for index in range(8):
-        engine.add(fill(f"small{index}", 17))  # 4 blocks each: the pool is full
+        engine.add(request(f"small{index}", tuple(range(13)), 40))
     engine.step()
-    assert engine.stats().kv_blocks_used == 32
+    assert engine.stats().kv_blocks_used == 32, "four blocks each; eight are left to grow into"
     for index in (0, 2, 4):
         engine.abort(f"small{index}")
-    wide = Request(request_id="wide", prompt_token_ids=tuple(range(40)), stopping=StoppingParams(max_new_tokens=8))
+    wide = request("wide", tuple(range(33)), 2)
     engine.add(wide)
     before = engine.stats().kv_gathers
-    answer = collect(engine)["wide"]
+    engine.step()
     assert engine.stats().kv_gathers > before
+    answer: list[int] = []
+    while engine.has_work:
+        outputs = engine.step().outputs
+        answer += [token for output in outputs if output.request_id == "wide" for token in output.token_ids]
+        engine.check_integrity()
     engine.add(wide)
     gathers = engine.stats().kv_gathers
-    assert collect(engine)["wide"] == answer
+    assert collect(engine)["wide"][0][-len(answer) :] == answer
     assert engine.stats().kv_gathers == gathers, "an empty pool serves a contiguous run"
 
 
@@ -145,7 +151,8 @@ def test_finish_reasons(tiny_llama: Path) -> None:
     engine = Engine.from_pretrained(tiny_llama, EXACT)
     greedy = SamplingParams(temperature=0.0)
     prompt = (3, 4, 5)
-    tokens = engine.generate([prompt], greedy, StoppingParams(max_new_tokens=6, ignore_eos=True))[0]
+    stopping = StoppingParams(max_new_tokens=6, ignore_eos=True)
+    tokens = list(engine.generate([prompt], greedy, stopping)[0].token_ids)
     assert len(tokens) == 6
 
     def finish(stopping: StoppingParams, prompt: tuple[int, ...] = prompt) -> tuple[list[int], FinishReason | None]:

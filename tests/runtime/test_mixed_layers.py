@@ -11,7 +11,7 @@ from pressd.runtime.kernels.attention import cpu, reference
 from pressd.runtime.kernels.attention.batch import AttentionProblem
 from pressd.runtime.kernels.registry import AttentionKernel, Device
 from pressd.runtime.models import Decoder, load_decoder, loading
-from pressd.runtime.request import KernelChoice
+from pressd.runtime.report import KernelChoice
 
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 

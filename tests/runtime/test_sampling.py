@@ -1,134 +1,227 @@
-"""The sampler: noise against SplitMix64 in Python integers, draws against float64 probabilities by chi-square."""
+"""Draws, for every setting, against probabilities by sorts and loops in float64; and that wrong ones do not pass."""
 
-import math
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
-from pressd.runtime.request import SamplingParams
-from pressd.runtime.sampling import gumbel, mask_below_top_p, sample
-
-MASK = 2**64 - 1
-GOLDEN = 0x9E3779B97F4A7C15
-CPU = torch.device("cpu")
+from pressd.runtime.params import SamplingParams
+from pressd.runtime.sampling import noise
+from pressd.runtime.sampling import sampler as sampler_module
 
 
-def splitmix(value: int) -> int:
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
-    return value ^ (value >> 31)
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**63, 2**64 - 1])
-@pytest.mark.parametrize("position", [0, 7, 131071])
-def test_noise_is_splitmix64_of_seed_position_and_token(seed: int, position: int) -> None:
-    key = splitmix((splitmix((seed + GOLDEN) & MASK) + position * GOLDEN) & MASK)
-    noise = gumbel([seed], [position], 50, CPU)[0]
-    for token in range(50):
-        bits = splitmix((key + (token + 1) * GOLDEN) & MASK) >> 11
-        uniform = (bits + 0.5) / 2**53
-        assert noise[token].item() == pytest.approx(-math.log(-math.log(uniform)), rel=1e-12)
+oracle = _load("sampling_oracle")
+VOCAB, DRAWS = 41, 20000
+LOGITS = 1.5 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(5))
+# Prompt of four tokens, one of which comes again, and an output with repetitions of the likeliest token.
+TOKENS, NUM_PROMPT = (3, 4, 4, 11, 3, 16, 16, 16, 31, 7), 4
 
 
-def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> tuple[float, float]:
-    """Return the statistic over cells expected 5 times or more, and a bound five standard deviations out."""
-    expected = probabilities * counts.sum()
-    usual = expected >= 5
-    rest = ~usual
-    cells = [(counts[i], expected[i]) for i in np.flatnonzero(usual)]
-    if expected[rest].sum() > 0:
-        cells.append((counts[rest].sum(), expected[rest].sum()))
-    statistic = sum((count - mean) ** 2 / mean for count, mean in cells)
-    freedom = len(cells) - 1
-    return statistic, freedom + 5 * math.sqrt(2 * freedom)
+def params(**fields: object) -> SamplingParams:
+    return SamplingParams(seed=12345, **fields)  # type: ignore[arg-type]
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    weights = np.exp(logits - logits.max())
-    return weights / weights.sum()
+SETTINGS = {
+    "plain": params(),
+    "cold": params(temperature=0.5),
+    "hot": params(temperature=1.7),
+    "top_k": params(top_k=7),
+    "top_k 1": params(top_k=1),
+    "top_k all": params(top_k=1000),
+    "top_p": params(top_p=0.7),
+    "top_p, little": params(top_p=0.05, temperature=2.0),
+    "top_p, nearly all": params(top_p=0.999),
+    "min_p": params(min_p=0.1),
+    "min_p 1": params(min_p=1.0),
+    "typical_p": params(typical_p=0.6),
+    "typical_p, cold": params(typical_p=0.3, temperature=0.4),
+    "top_k, top_p": params(top_k=12, top_p=0.8, temperature=1.3),
+    "top_p, min_p": params(top_p=0.9, min_p=0.05, temperature=0.9),
+    "top_k, min_p": params(top_k=20, min_p=0.08),
+    "all filters": params(top_k=30, top_p=0.95, typical_p=0.8, min_p=0.02, temperature=1.2),
+    "repetition": params(repetition_penalty=1.8),
+    "repetition below 1": params(repetition_penalty=0.6),
+    "presence": params(presence_penalty=1.1),
+    "frequency": params(frequency_penalty=0.5),
+    "negative penalties": params(frequency_penalty=-0.3, presence_penalty=-0.4),
+    "bias": params(logit_bias=((0, 2.5), (4, -100.0), (40, -1.0))),
+    "allowed": params(allowed_token_ids=(0, 3, 8, 39, 40)),
+    "everything": params(
+        temperature=1.4,
+        top_k=25,
+        top_p=0.97,
+        min_p=0.01,
+        typical_p=0.95,
+        repetition_penalty=1.3,
+        presence_penalty=0.4,
+        frequency_penalty=0.2,
+        logit_bias=((20, 3.0), (5, 1.0)),
+        allowed_token_ids=tuple(range(40)),
+    ),
+}
 
 
-def nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
-    """Keep tokens from the likeliest on until their mass reaches top_p, and renormalise."""
-    kept = np.zeros_like(probabilities)
-    mass = 0.0
-    for token in sorted(range(len(probabilities)), key=lambda token: (-probabilities[token], token)):
-        if mass >= top_p:
-            break
-        kept[token] = probabilities[token]
-        mass += probabilities[token]
-    return kept / kept.sum()
+def expected(sampling: SamplingParams, num_prompt: int = NUM_PROMPT) -> np.ndarray:
+    edited = oracle.edited(LOGITS.double().numpy(), sampling, TOKENS, num_prompt)
+    return np.asarray(oracle.distribution(edited, sampling))
 
 
-def draw(logits: torch.Tensor, params: SamplingParams, draws: int) -> np.ndarray:
-    """Count draws at `draws` positions of one request."""
-    tokens: list[int] = []
-    for start in range(0, draws, 1000):
-        rows = range(start, min(start + 1000, draws))
-        tokens += sample(logits.expand(len(rows), -1), [params] * len(rows), list(rows))
-    return np.bincount(tokens, minlength=logits.numel())
+def counted(sampling: SamplingParams, num_prompt: int = NUM_PROMPT) -> np.ndarray:
+    return np.asarray(oracle.count_draws(LOGITS, sampling, DRAWS, tokens=TOKENS, num_prompt=num_prompt))
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.7])
-def test_draws_follow_the_softmax(temperature: float, top_p: float) -> None:
-    logits = torch.randn(41, generator=torch.Generator().manual_seed(5))
-    probabilities = nucleus(softmax(logits.double().numpy() / temperature), top_p)
-    counts = draw(logits, SamplingParams(temperature=temperature, top_p=top_p, seed=12345), 20000)
-    assert counts[probabilities == 0].sum() == 0, "a token outside the nucleus was drawn"
-    statistic, bound = chi_square(counts, probabilities)
-    assert statistic < bound
-    wrong, wrong_bound = chi_square(counts, softmax(logits.double().numpy() / (temperature * 1.15)))
-    assert wrong > wrong_bound, "the test would not notice a temperature 15 % off"
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_draws_follow_the_distribution(setting: str) -> None:
+    sampling = SETTINGS[setting]
+    assert oracle.p_value(counted(sampling), expected(sampling)) > oracle.SIGNIFICANCE
 
 
-def test_draws_of_different_seeds_are_independent() -> None:
-    """Pairs of draws under neighbouring seeds fill the square of the distribution."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_of_a_large_vocabulary_do(dtype: torch.dtype) -> None:
+    """4,099 tokens, most of them rare, many equally likely."""
+    generator = torch.Generator().manual_seed(1)
+    logits = (-1.2 * torch.log(torch.randperm(4099, generator=generator) + 1.0)).bfloat16().to(dtype)
+    for sampling in (params(), params(top_p=0.8, temperature=1.1), params(top_k=300, typical_p=0.9)):
+        counts = oracle.count_draws(logits, sampling, 6000)
+        probabilities = oracle.distribution(logits.double().numpy(), sampling)
+        assert oracle.p_value(counts, probabilities) > oracle.SIGNIFICANCE
+
+
+# What a sampler with a fault would do, as the right one does it with another setting.
+WRONG = {
+    "top_k keeps one more": (params(top_k=7), params(top_k=8)),
+    "top_k keeps one less": (params(top_k=7), params(top_k=6)),
+    "temperature is forgotten": (params(temperature=0.8), params()),
+    "temperature multiplies": (params(temperature=0.8), params(temperature=1.25)),
+    "top_p is forgotten": (params(top_p=0.95), params()),
+    "top_p leaves out the token that reaches it": (params(top_p=0.7), params(top_p=0.64)),
+    "min_p is of all": (params(min_p=0.1), params(min_p=0.02)),
+    "typical_p is top_p": (params(typical_p=0.3, temperature=2.0), params(top_p=0.3, temperature=2.0)),
+    "penalties add": (params(frequency_penalty=0.5), params(frequency_penalty=-0.5)),
+    "presence is frequency": (params(presence_penalty=1.1), params(frequency_penalty=1.1)),
+    "repetition multiplies": (params(repetition_penalty=1.25), params(repetition_penalty=0.8)),
+    "bias is subtracted": (params(logit_bias=((0, 0.5),)), params(logit_bias=((0, -0.5),))),
+    "a token too many is allowed": (params(allowed_token_ids=(1, 2, 3)), params(allowed_token_ids=(1, 2, 3, 40))),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_wrong_draws_do_not_pass(fault: str) -> None:
+    right, wrong = WRONG[fault]
+    assert oracle.p_value(counted(wrong), expected(right)) < oracle.SIGNIFICANCE
+
+
+def test_counting_the_prompt_as_output_does_not_pass() -> None:
+    sampling = params(frequency_penalty=1.0)
+    assert oracle.p_value(counted(sampling, num_prompt=1), expected(sampling)) < oracle.SIGNIFICANCE
+
+
+def test_counting_the_output_alone_as_repetition_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = params(repetition_penalty=1.8)
+    admit = sampler_module.Penalties.admit
+    monkeypatch.setattr(
+        sampler_module.Penalties,
+        "admit",
+        lambda self, row, params, tokens, num_prompt: admit(self, row, params, tokens[num_prompt:], 0),
+    )
+    assert oracle.p_value(counted(sampling), expected(sampling)) < oracle.SIGNIFICANCE
+
+
+def test_filters_in_another_order_do_not_pass() -> None:
+    """top_p before top_k keeps a different set where the mass of the first k is well below one."""
+    sampling = params(top_k=10, top_p=0.8, temperature=2.5)
+    logits = LOGITS.double().numpy()
+    first_p = oracle.distribution(logits, replace(sampling, top_k=None))
+    wrong = oracle.distribution(np.where(first_p > 0, logits, -np.inf), replace(sampling, top_p=1.0))
+    assert oracle.p_value(counted(sampling), expected(sampling)) > oracle.SIGNIFICANCE
+    assert oracle.p_value(counted(sampling), wrong) < oracle.SIGNIFICANCE
+
+
+def pairs(first: SamplingParams, second: SamplingParams, shift: int, index: int = 0) -> np.ndarray:
+    """Counts of pairs of draws, [4 * 4], at positions p under `first` and p + shift under `second`."""
     logits = torch.tensor([0.0, 0.5, 1.0, -0.5])
-    positions = list(range(4000))
-    rows = logits.expand(len(positions), -1)
-    first = sample(rows, [SamplingParams(seed=7)] * len(positions), positions)
-    second = sample(rows, [SamplingParams(seed=8)] * len(positions), positions)
-    counts = np.bincount(np.array(first) * 4 + np.array(second), minlength=16)
-    p = softmax(logits.double().numpy())
-    statistic, bound = chi_square(counts, np.outer(p, p).ravel())
-    assert statistic < bound
+    num_rows, num_steps = 200, 40
+    drawn = []
+    for sampling, start, of in ((first, 0, 0), (second, shift, index)):
+        request = oracle.request_for(sampling)
+        sampler = oracle.sampler_for([request] * num_rows, [(1,)] * num_rows, 4, index=of)
+        for step in range(num_steps):
+            positions = torch.arange(num_rows) + start + step * num_rows
+            rows = sampler.sample(logits.repeat(num_rows, 1), list(range(num_rows)), positions).token_ids
+            drawn.append(rows.numpy())
+    before, after = (np.concatenate(drawn[i : i + num_steps]) for i in (0, num_steps))
+    return np.bincount(before * 4 + after, minlength=16)
 
 
-def test_a_draw_does_not_depend_on_the_batch() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(9, 33, generator=generator)
-    temperatures = [0.0, 1.0, 0.7, 0.0, 2.0, 1.0, 1.0, 0.3, 1.0]
-    top_ps = [1.0, 0.5, 1.0, 0.2, 0.9, 1.0, 0.99, 0.8, 0.1]
-    params = [
-        SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
-        for seed, (temperature, top_p) in enumerate(zip(temperatures, top_ps, strict=True))
-    ]
-    positions = [3, 1, 4, 1, 5, 9, 2, 6, 5]
-    together = sample(logits, params, positions)
-    alone = [sample(logits[i : i + 1], [params[i]], [positions[i]])[0] for i in range(9)]
-    assert together == alone
-    assert together[0] == int(logits[0].argmax())
-
-
-def test_top_p_keeps_at_least_the_likeliest() -> None:
-    scaled = torch.tensor([[0.0, 3.0, 1.0]]).double()
-    assert torch.isinf(mask_below_top_p(scaled, [1e-9])).tolist() == [[True, False, True]]
-    assert not torch.isinf(mask_below_top_p(scaled, [1.0])).any()
+def squared() -> np.ndarray:
+    p = oracle.distribution(np.array([0.0, 0.5, 1.0, -0.5]), SamplingParams())
+    return np.outer(p, p).ravel()
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("temperature", -0.1),
-        ("temperature", float("nan")),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-        ("seed", -1),
-        ("seed", 2**64),
-    ],
+    ("seeds", "shift", "index"), [((7, 8), 0, 0), ((7, 7), 1, 0), ((7, 7), 64, 0), ((7, 7), 0, 1), ((7, 8), 1, 2)]
 )
-def test_bad_parameters_are_named(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=field):
-        SamplingParams(**{field: value})  # type: ignore[arg-type]
+def test_draws_of_other_seeds_positions_and_indices_are_independent(
+    seeds: tuple[int, int], shift: int, index: int
+) -> None:
+    first, second = (SamplingParams(seed=seed) for seed in seeds)
+    assert oracle.p_value(pairs(first, second, shift, index), squared()) > oracle.SIGNIFICANCE
+
+
+def test_noise_reused_along_positions_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = sampler_module.position_keys
+    monkeypatch.setattr(sampler_module, "position_keys", lambda keys, positions: real(keys, positions // 2))
+    assert oracle.p_value(pairs(SamplingParams(), SamplingParams(), 1), squared()) < oracle.SIGNIFICANCE
+
+
+def test_noise_reused_for_sequences_of_a_request_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = sampler_module.sequence_key
+    monkeypatch.setattr(sampler_module, "sequence_key", lambda seed, index: real(seed, 0))
+    assert oracle.p_value(pairs(SamplingParams(), SamplingParams(), 0, 1), squared()) < oracle.SIGNIFICANCE
+
+
+def test_noise_shared_by_neighbouring_tokens_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "pressd.runtime.sampling.race.exact_times", lambda keys, tokens: noise.exact_times(keys, tokens // 2)
+    )
+    assert oracle.p_value(counted(params()), expected(params())) < oracle.SIGNIFICANCE
+
+
+def test_greedy_takes_the_largest_and_of_equals_the_first() -> None:
+    logits = torch.tensor([[0.0, 2.0, 2.0, 1.0], [3.0, 0.0, -1.0, 3.0], [-5.0, -4.0, -4.0, -4.5]])
+    sampler = oracle.sampler_for([oracle.request_for(SamplingParams(temperature=0.0))] * 3, [(1,)] * 3, 4)
+    assert sampler.sample(logits, [0, 1, 2], torch.ones(3, dtype=torch.int64)).token_ids.tolist() == [1, 0, 1]
+
+
+def test_penalties_bias_and_masks_apply_to_greedy_rows() -> None:
+    for name in ("repetition", "presence", "frequency", "bias", "allowed", "everything"):
+        sampling = replace(SETTINGS[name], temperature=0.0)
+        sampler = oracle.sampler_for([oracle.request_for(sampling, TOKENS[:NUM_PROMPT])], [TOKENS], VOCAB)
+        drawn = sampler.sample(LOGITS[None], [0], torch.tensor([len(TOKENS)])).token_ids
+        edited = oracle.edited(LOGITS.double().numpy(), sampling, TOKENS, NUM_PROMPT)
+        assert drawn.tolist() == [int(edited.argmax())], name
+
+
+def test_a_temperature_near_nothing_draws_the_largest_and_equals_evenly() -> None:
+    logits = torch.tensor([1.0, 3.0, 3.0, 2.9999, 3.0])
+    counts = oracle.count_draws(logits, params(temperature=1e-300), DRAWS)
+    assert oracle.p_value(counts, np.array([0, 1, 1, 0, 1]) / 3) > oracle.SIGNIFICANCE
+
+
+def test_huge_differences_and_forbidden_tokens_are_no_trouble() -> None:
+    logits = torch.tensor([-3e38, 3e38, float("-inf"), 3e38, 0.0])
+    counts = oracle.count_draws(logits, params(temperature=0.01), DRAWS)
+    assert oracle.p_value(counts, np.array([0, 1, 0, 1, 0]) / 2) > oracle.SIGNIFICANCE

@@ -15,15 +15,8 @@ from pathlib import Path
 
 from pressd.runtime.config import EngineConfig
 from pressd.runtime.errors import RequestError
-from pressd.runtime.request import (
-    EngineInfo,
-    FinishReason,
-    KernelChoice,
-    Request,
-    RequestOutput,
-    StepResult,
-    StepStats,
-)
+from pressd.runtime.report import EngineInfo, KernelChoice, StepResult, StepStats
+from pressd.runtime.request import FinishReason, Request, RequestOutput
 
 # How often the files are looked at, in seconds.
 PACE = 0.001
@@ -72,6 +65,7 @@ class ScriptedEngine:
             eos_token_ids=(script["eos"],),
             block_size=config.block_size,
             kv_blocks=script.get("kv_blocks", 256),
+            kv_tokens=script.get("kv_blocks", 256) * config.block_size,
             kv_bytes=script.get("kv_blocks", 256) * 1024,
             weights_bytes=3 << 20,
             dense_bytes=8 << 20,
@@ -123,8 +117,16 @@ class ScriptedEngine:
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             kv_blocks_used=sum(live.num_blocks for live in self._running),
+            num_preempted=0,
+            kv_blocks_cached=0,
             kv_gathers=0,
+            kv_copied_blocks=0,
             numeric_errors=0,
+            preemptions=0,
+            prefix_queried_tokens=0,
+            prefix_hit_tokens=0,
+            evicted_blocks=0,
+            host_seconds=0.0,
         )
 
     def _may_step(self) -> bool:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pressd.runtime.request import EngineInfo, Request, SamplingParams
+from pressd.runtime.params import SamplingParams
+from pressd.runtime.report import EngineInfo
+from pressd.runtime.request import Request
 from pressd.server.admission import Admission
 from pressd.server.asked import Asked, TokenPrompt, engine_request
 from pressd.server.errors import Refusal
@@ -24,6 +26,7 @@ INFO = EngineInfo(
     eos_token_ids=(0,),
     block_size=16,
     kv_blocks=100,
+    kv_tokens=1600,
     kv_bytes=1,
     weights_bytes=1,
     dense_bytes=1,
@@ -69,7 +72,7 @@ def test_length_is_bounded_by_request_model_context_and_pool(
     num_prompt: int, wanted: int | None, kv_blocks: int, expected: int | str | None
 ) -> None:
     options = {} if wanted is None else {"max_new_tokens": wanted}
-    info = replace(INFO, kv_blocks=kv_blocks)
+    info = replace(INFO, kv_blocks=kv_blocks, kv_tokens=kv_blocks * INFO.block_size)
     if isinstance(expected, str):
         with pytest.raises(Refusal) as caught:
             told(num_prompt, info, **options)

@@ -40,7 +40,7 @@ def test_version_is_the_packages() -> None:
     "arguments",
     [
         ("--help",),
-        *((verb, "--help") for verb in ("serve", "generate", "health", "models")),
+        *((verb, "--help") for verb in ("serve", "generate", "health", "models", "bench")),
         *((verb, "--help") for verb in ("compress", "eval", "inspect", "verify")),
     ],
     ids=" ".join,

@@ -1,5 +1,6 @@
 """Counting, and what Prometheus reads of it."""
 
+import dataclasses
 import urllib.request
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pressd.runtime.request import RequestOutput, StepStats
+from pressd.runtime.report import StepStats
+from pressd.runtime.request import RequestOutput
 from pressd.server import measure
 from pressd.server import metrics as m
 from pressd.server.generation import Generation
@@ -28,8 +30,8 @@ def value(samples: Samples, name: str, **labels: str) -> float:
 
 
 def stats(**counts: float) -> StepStats:
-    names = "seconds num_prefill_tokens num_decode_tokens num_rows num_running num_waiting kv_blocks_used kv_gathers"
-    return StepStats(**{name: counts.get(name, 0) for name in (*names.split(), "numeric_errors")})  # type: ignore[arg-type]
+    zeros = {field.name: 0 for field in dataclasses.fields(StepStats)}
+    return StepStats(**(zeros | counts))  # type: ignore[arg-type]
 
 
 def test_names_follow_the_rules_of_prometheus() -> None:

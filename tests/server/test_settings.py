@@ -27,6 +27,7 @@ FLAGS = {
     "--port",
     "--served-name",
     "--shutdown-timeout",
+    "--target-itl",
 }
 
 
@@ -58,6 +59,7 @@ def test_every_flag_is_a_variable_and_a_key(tmp_path: Path) -> None:
         "kv_memory": "3MiB",
         "max_batch": "4",
         "max_step_tokens": "5",
+        "target_itl": "0.125",
         "max_queue_requests": "6",
         "max_queue_tokens": "7",
         "shutdown_timeout": "8.5",

@@ -1,5 +1,6 @@
 """What attention is asked to do in one step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,8 @@ import torch
 class AttentionProblem:
     """Shapes of one attention layer; queries share keys and values in groups of num_heads / num_kv_heads.
 
-    With a `window`, position i sees positions j with i - window < j <= i; without, all j <= i. What no window reaches
-    any more stays in the pool: a sequence has one block table for all layers.
+    With a `window`, position i sees positions j with i - window < j <= i; without, all j <= i. Nothing else is read:
+    the blocks of what no window reaches any more may hold another sequence by now.
     """
 
     num_heads: int
@@ -28,14 +29,15 @@ class AttentionProblem:
 class QueryRun:
     """The new tokens of one sequence: rows [start, start + length) of the step, the last of `kv_length` positions.
 
-    `block_table` covers at least kv_length positions. `first_block` is set when the table is one contiguous run, so
-    that keys and values can be read as a view.
+    `block_table` covers at least kv_length positions; entries behind the window mean nothing. `first_block` is set when
+    the others are one contiguous run, so that keys and values can be read as a view: the block that entry 0 has or
+    would have (it may be negative).
     """
 
     start: int
     length: int
     kv_length: int
-    block_table: tuple[int, ...]
+    block_table: Sequence[int]
     first_block: int | None
 
     def first_visible(self, window: int | None) -> int:

@@ -18,10 +18,11 @@ def run(
     output = torch.empty_like(query)
     for part in batch.runs:
         rows = slice(part.start, part.start + part.length)
-        keys = sequence_view(key_blocks, part).to(wide).repeat_interleave(group, dim=1)
-        values = sequence_view(value_blocks, part).to(wide).repeat_interleave(group, dim=1)
+        first = part.first_visible(problem.window)
+        keys = sequence_view(key_blocks, part, first).to(wide).repeat_interleave(group, dim=1)
+        values = sequence_view(value_blocks, part, first).to(wide).repeat_interleave(group, dim=1)
         scores = torch.einsum("qhd,khd->hqk", query[rows].to(wide), keys) * problem.scale
-        scores = scores.masked_fill(~causal_mask(part, problem.window, query.device), float("-inf"))
+        scores = scores.masked_fill(~causal_mask(part, problem.window, query.device, first), float("-inf"))
         output[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), values).to(query.dtype)
     return output
 

@@ -1,0 +1,79 @@
+"""What the engine says of itself: plain data, no torch, no protocol."""
+
+from dataclasses import dataclass
+
+from pressd.runtime.request import RequestOutput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """One step's counts, the engine's gauges after it, and its totals since it began.
+
+    Totals: kv_gathers (a layer read keys and values of scattered blocks through a copy), kv_copied_blocks,
+    numeric_errors, preemptions, prefix_queried_tokens, prefix_hit_tokens, evicted_blocks. `kv_blocks_cached` are free
+    to be taken but hold a prefix. `host_seconds` is the part of `seconds` in which no layer ran: scheduling, sampling
+    and Python.
+    """
+
+    seconds: float
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_rows: int
+    num_running: int
+    num_waiting: int
+    num_preempted: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    kv_gathers: int
+    kv_copied_blocks: int
+    numeric_errors: int
+    preemptions: int
+    prefix_queried_tokens: int
+    prefix_hit_tokens: int
+    evicted_blocks: int
+    host_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """Everything a step has to report."""
+
+    outputs: tuple[RequestOutput, ...]
+    stats: StepStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelChoice:
+    """One implementation chosen at load, how many layers it serves, and why those before it were refused."""
+
+    op: str
+    storage: str
+    implementation: str
+    layers: int
+    refusals: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What start-up discovered; constant for the life of the engine. Bytes are of memory really allocated.
+
+    `kv_blocks` and `kv_bytes` are of all KV groups together; `kv_tokens` is the longest sequence that they can hold.
+    """
+
+    architecture: str
+    artifact_id: str
+    device: str
+    dtype: str
+    kv_dtype: str
+    vocab_size: int
+    max_context: int
+    max_batch: int
+    eos_token_ids: tuple[int, ...]
+    block_size: int
+    kv_blocks: int
+    kv_tokens: int
+    kv_bytes: int
+    weights_bytes: int
+    dense_bytes: int
+    kernels: tuple[KernelChoice, ...]
+    load_seconds: dict[str, float]

@@ -1,0 +1,7 @@
+"""From logits to tokens: penalties, masks, filters, and noise that depends on nothing but the request."""
+
+from pressd.runtime.sampling.logprobs import LogprobColumns, log_probabilities
+from pressd.runtime.sampling.masks import TokenMasks
+from pressd.runtime.sampling.sampler import Drawn, Sampler, check_tokens
+
+__all__ = ["Drawn", "LogprobColumns", "Sampler", "TokenMasks", "check_tokens", "log_probabilities"]
