@@ -3,15 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from pressd.runtime.kernels.attention import cpu
 from pressd.runtime.kernels.attention.batch import AttentionBatch, AttentionProblem, QueryRun
 from pressd.runtime.kernels.catalogue import ATTENTION
 from pressd.runtime.kernels.registry import AttentionKernel, describe_device
 
 CPU = describe_device(torch.device("cpu"))
 BLOCK_SIZE = 4
-# (new tokens, positions with them): one token, a first chunk, a later chunk, one token alone, tails of blocks.
-SEQUENCES = ((1, 9), (7, 7), (5, 18), (1, 1), (2, 5))
+# (new tokens, positions with them): one token, a first chunk, a later chunk, one token alone, tails of blocks; then
+# single tokens of equal lengths, three of whose runs lie at equal distances and one does not.
+SEQUENCES = ((1, 9), (7, 7), (5, 18), (1, 1), (2, 5), (1, 6), (1, 6), (1, 6), (2, 5), (1, 6))
 HEADS = ((4, 2, 8), (3, 3, 16), (8, 1, 4))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 # Itself only; within a block; a block; across blocks; as long as a sequence (7 and 18), longer than all.
@@ -78,10 +82,7 @@ def test_equals_float64(
 @pytest.mark.parametrize("chunk", [1, 3, 16, 33])
 @pytest.mark.parametrize("kernel", ATTENTION, ids=lambda kernel: kernel.name)
 def test_a_sequence_in_chunks_equals_it_whole(kernel: AttentionKernel, chunk: int, window: int | None) -> None:
-    """Of one sequence, however it is cut; what lies behind every window of a chunk is NaN and must not be read.
-
-    The reference reads all it masks, so it is given what was there.
-    """
+    """Of one sequence, however it is cut; what lies behind every window of a chunk is NaN and must not be read."""
     length, num_heads, num_kv_heads, head_dim = 33, 4, 1, 8
     problem = AttentionProblem(
         num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=torch.float32, window=window
@@ -94,7 +95,7 @@ def test_a_sequence_in_chunks_equals_it_whole(kernel: AttentionKernel, chunk: in
     expected = oracle(query.double().numpy(), *sequence.double().numpy(), num_heads // num_kv_heads, window)
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
-        behind = max(0, start + 1 - window) if window is not None and kernel.name != "reference" else 0
+        behind = max(0, start + 1 - window) if window is not None else 0
         pool = torch.full((2, 9 * BLOCK_SIZE, num_kv_heads, head_dim), torch.nan)
         pool[:, slots[behind:stop]] = sequence[:, behind:stop]
         keys, values = pool.unflatten(1, (9, BLOCK_SIZE))
@@ -103,3 +104,24 @@ def test_a_sequence_in_chunks_equals_it_whole(kernel: AttentionKernel, chunk: in
         output = kernel.run(query[start:stop], keys, values, batch, problem).double().numpy()
         atol = 24 * torch.finfo(torch.float32).eps  # as above
         np.testing.assert_allclose(output, expected[start:stop], rtol=0, atol=atol)
+
+
+@given(
+    runs=st.lists(
+        st.tuples(st.integers(1, 2), st.integers(2, 4), st.none() | st.integers(-3, 12)), unique_by=lambda run: run[2]
+    )
+)
+def test_runs_are_stacked_where_one_view_holds_them(runs: list[tuple[int, int, int | None]]) -> None:
+    parts = [
+        QueryRun(start=place, length=length, kv_length=kv_length, block_table=(), first_block=first)
+        for place, (length, kv_length, first) in enumerate(runs)
+    ]
+    found = cpu.stacks(parts)
+    assert sorted(part.start for stack in found for part in stack) == list(range(len(parts)))
+    for stack in found:
+        if len(stack) > 1:
+            assert {(part.length, part.kv_length) for part in stack} == {(1, stack[0].kv_length)}
+            firsts = [part.first_block for part in stack]
+            assert firsts == list(range(firsts[0], firsts[-1] + 1, firsts[1] - firsts[0]))
+    equal = [QueryRun(start=n, length=1, kv_length=5, block_table=(), first_block=3 * n) for n in range(9)]
+    assert cpu.stacks(equal) == [equal], "what lies at equal distances is one stack"
