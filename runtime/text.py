@@ -43,10 +43,11 @@ class Text:
 
     def continuation(self, prompt: Sequence[int], token_ids: Sequence[int]) -> str | None:
         """Return what tokens add to the text of the prompt, special ones left out; None without a tokenizer."""
-        if self._tokenizer is None:
+        stream = self.follow(prompt)
+        if stream is None:
             return None
-        context = _context(self._tokenizer, prompt)
-        return self._tokenizer.decode([*context, *token_ids])[len(self._tokenizer.decode(context)) :]
+        # One by one, as a stream is: some decoders give up a whole character when bytes of none follow it.
+        return "".join(stream.push([token]) for token in token_ids) + stream.push([], last=True)
 
     def follow(self, prompt: Sequence[int]) -> "TextStream | None":
         """Return what decodes a continuation of the prompt token by token; None without a tokenizer."""
@@ -66,7 +67,8 @@ class TextStream:
         """Return the text that new tokens complete; with `last`, also what will never be complete."""
         self._open += token_ids
         # Decoders treat the first token of a text unlike the others, so what is new is read after what is known.
-        text = self._tokenizer.decode([*self._told, *self._open])[len(self._tokenizer.decode(self._told)) :]
+        known, whole = self._tokenizer.decode(self._told), self._tokenizer.decode([*self._told, *self._open])
+        text = whole[len(known) :] if whole.startswith(known) else self._tokenizer.decode(self._open)
         if not last and (not text or text.endswith(NO_CHARACTER)):
             return ""
         self._told, self._open = self._open or self._told, []

@@ -9,10 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import pressd.runtime
@@ -28,7 +25,6 @@ from pressd.runtime import (
     StoppingParams,
 )
 from pressd.runtime.request import Request
-from pressd.runtime.text import TextStream
 
 PYLM = Path(__file__).parents[2] / "examples" / "pylm"
 EXACT = EngineConfig(dtype="float64", kernels="reference", block_size=4, max_batch=3, max_step_tokens=11)
@@ -146,34 +142,6 @@ def test_no_character_is_torn(pylm: Engine, prompt: str) -> None:
         texts = [piece.text for piece in pieces if piece.index == completion.index]
         assert not any(text.endswith("\ufffd") for text in texts[:-1])
         assert sum(bool(text) for text in texts) > 10
-
-
-@given(token_ids=st.lists(st.integers(0, 4095) | st.integers(1, 256), max_size=12))
-@settings(max_examples=300, deadline=None)
-def test_text_of_bytes_is_that_of_the_whole(token_ids: list[int]) -> None:
-    tokenizer = Tokenizer.from_file(str(PYLM / "tokenizer.json"))
-    stream = TextStream(tokenizer, [])
-    texts = [stream.push([token]) for token in token_ids]
-    assert "".join(texts) + stream.push([], last=True) == tokenizer.decode(token_ids)
-
-
-WORDS = ["▁lo", "▁and", "▁", "behold", "ü", "漢", "<s>", *(f"<0x{byte:02X}>" for byte in "ü漢".encode())]
-
-
-@given(
-    prompt=st.lists(st.integers(0, 5), min_size=1, max_size=3),
-    token_ids=st.lists(st.integers(0, len(WORDS) - 1), max_size=8),
-)
-@settings(max_examples=300, deadline=None)
-def test_text_continues_the_prompts(prompt: list[int], token_ids: list[int]) -> None:
-    """With a decoder that drops the space at the beginning of a text: a completion is no beginning."""
-    tokenizer = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(WORDS)}, merges=[]))
-    tokenizer.add_special_tokens(["<s>"])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    stream = TextStream(tokenizer, prompt)
-    text = "".join(stream.push([token]) for token in token_ids) + stream.push([], last=True)
-    assert tokenizer.decode(prompt) + text == tokenizer.decode(prompt + token_ids)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
