@@ -8,6 +8,7 @@ import sys
 import traceback
 
 from pressd.server import client_verbs, settings
+from pressd.server.bench import verb as bench
 
 ENGINE = "pressd.server.engine_process:load_engine"
 FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 1, 2, 128 + signal.SIGINT, 128 + signal.SIGPIPE
@@ -74,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     settings.add_arguments(serve)
     serve.set_defaults(run=run_serve)
     client_verbs.add_parsers(verbs)
+    bench.add_parser(verbs)
     for verb in verbs.choices.values():
         verb.add_argument("--debug", action="store_true", help="show the trace of a failure")
     return parser
