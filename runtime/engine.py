@@ -87,8 +87,8 @@ class Engine:
         for index in range(request.sampling.n):
             sequence = self._sequence(request, index, leader)
             self._live.setdefault(request.request_id, []).append(sequence)
-            self._guides.begin(sequence)
-            self._scheduler.add(sequence)
+            if not self._guides.keep(sequence):
+                self._scheduler.add(sequence)
             leader = leader or sequence
 
     def abort(self, request_id: str) -> bool:
@@ -103,7 +103,7 @@ class Engine:
         """Schedule, launch, collect, emit; returns without outputs when there is nothing to do."""
         began = time.monotonic()
         self.num_steps += 1
-        outputs = [self._fail(*end) for end in self._guides.poll()]
+        outputs = self._receive()
         plan = self._scheduler.schedule(began)
         if plan.rows:
             self._in_flight.append(self._runner.launch(plan, self._guides.masks(plan)))
@@ -131,7 +131,7 @@ class Engine:
             num_decode_tokens=plan.num_decode_tokens,
             num_rows=len(plan.rows),
             num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
+            num_waiting=self._scheduler.num_waiting + self._guides.num_pending,
             num_preempted=self._scheduler.num_preempted,
             kv_blocks_used=sum(pool.num_used for pool in self._kv.pools),
             kv_blocks_cached=sum(pool.num_cached for pool in self._kv.pools),
@@ -151,7 +151,8 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Assert that every held block belongs to live sequences, and every row to one."""
-        self._scheduler.check_integrity(s for sequences in self._live.values() for s in sequences)
+        live = [s for sequences in self._live.values() for s in sequences]
+        self._scheduler.check_integrity(s for s in live if not self._guides.keeps(s))
 
     def generate(
         self,
@@ -198,6 +199,16 @@ class Engine:
             leader=leader if self._shares_prompts and not request.bypass_prefix_cache else None,
         )
 
+    def _receive(self) -> list[RequestOutput]:
+        """Queue the sequences whose grammars have been compiled; report those that end with it."""
+        outputs = []
+        for sequence, reason, error in self._guides.poll():
+            if reason is None:
+                self._scheduler.add(sequence)
+            else:
+                outputs.append(self._close(sequence, reason, error))
+        return outputs
+
     def _take(self, outcome: Outcome, now: float) -> list[RequestOutput]:
         """Turn what a step has for a sequence into what its reader gets; nothing for one that is over."""
         item, sequence = outcome.item, outcome.item.sequence
@@ -223,15 +234,23 @@ class Engine:
             self._end(sequence)
         return [dataclasses.replace(output, prompt_logprobs=scores) if scores else output]
 
-    def _fail(self, sequence: Sequence, reason: FinishReason, error: str | None) -> RequestOutput:
+    def _fail(self, sequence: Sequence, reason: FinishReason, error: str) -> RequestOutput:
         self._end(sequence, forget=reason is FinishReason.NUMERIC_ERROR)
         return report(sequence, reason=reason, error=error)
 
     def _end(self, sequence: Sequence, *, forget: bool = False) -> None:
         """The sequence is over: let go of everything it holds."""
+        if not self._guides.drop(sequence):
+            self._scheduler.remove(sequence, forget=forget)
+        self._forget(sequence)
+
+    def _close(self, sequence: Sequence, reason: FinishReason, error: str | None) -> RequestOutput:
+        """End a sequence that was never queued."""
+        self._forget(sequence)
+        return report(sequence, reason=reason, error=error)
+
+    def _forget(self, sequence: Sequence) -> None:
         sequence.is_over = True
-        self._guides.drop(sequence)
-        self._scheduler.remove(sequence, forget=forget)
         siblings = self._live[sequence.request.request_id]
         siblings.remove(sequence)
         if not siblings:

@@ -1,6 +1,7 @@
 """Holds sequences to their constraints: compiled beside the steps, a mask for each draw."""
 
 import concurrent.futures
+from collections import deque
 
 import torch
 
@@ -14,39 +15,54 @@ IMPOSSIBLE = "no token satisfies the constraint, allowed_token_ids and bad_words
 
 
 class Guides:
-    """Gives a sequence its matcher when its grammar is compiled; until then it waits in the queue."""
+    """Gives a sequence its matcher when its grammar is compiled; until then the sequence is kept here."""
 
     def __init__(self, compiler: ConstraintCompiler, vocab_size: int, device: torch.device) -> None:
         self._compiler = compiler
         self._words = -(-vocab_size // 32)
         self._device = device
         self._pending: dict[Sequence, concurrent.futures.Future[Grammar]] = {}
+        self._done: deque[Sequence] = deque()  # filled by the compiler's thread
         self._errors: dict[Sequence, ConstraintError] = {}
 
-    def begin(self, sequence: Sequence) -> None:
-        """Have the sequence's constraint compiled, if it has one."""
-        if sequence.request.constraint is not None:
-            sequence.is_ready = False
-            self._pending[sequence] = self._compiler.submit(sequence.request.constraint)
+    @property
+    def num_pending(self) -> int:
+        """Sequences whose grammars are being compiled."""
+        return len(self._pending)
 
-    def drop(self, sequence: Sequence) -> None:
-        """The sequence is over."""
-        self._pending.pop(sequence, None)
+    def keep(self, sequence: Sequence) -> bool:
+        """Have the sequence's constraint compiled; False if it has none."""
+        if sequence.request.constraint is None:
+            return False
+        future = self._compiler.submit(sequence.request.constraint)
+        self._pending[sequence] = future
+        future.add_done_callback(lambda _: self._done.append(sequence))
+        return True
+
+    def keeps(self, sequence: Sequence) -> bool:
+        """Whether the sequence's grammar is being compiled."""
+        return sequence in self._pending
+
+    def drop(self, sequence: Sequence) -> bool:
+        """Forget a sequence that is over; True if it was kept here."""
         self._errors.pop(sequence, None)
+        return self._pending.pop(sequence, None) is not None
 
-    def poll(self) -> list[tuple[Sequence, FinishReason, str | None]]:
-        """Make sequences ready whose grammars are there; return those that are over with that, why, and the error."""
-        ends: list[tuple[Sequence, FinishReason, str | None]] = []
-        for sequence, future in [entry for entry in self._pending.items() if entry[1].done()]:
-            del self._pending[sequence]
+    def poll(self) -> list[tuple[Sequence, FinishReason | None, str | None]]:
+        """Return the sequences whose grammars are there, with the reason and the error of those that end with it."""
+        found: list[tuple[Sequence, FinishReason | None, str | None]] = []
+        while self._done:
+            sequence = self._done.popleft()
+            future = self._pending.pop(sequence, None)
+            if future is None:
+                continue  # it was dropped meanwhile
             try:
                 sequence.matcher = future.result().matcher()
-                if sequence.matcher.is_complete:
-                    ends.append((sequence, FinishReason.CONSTRAINT_COMPLETE, None))
+                reason = FinishReason.CONSTRAINT_COMPLETE if sequence.matcher.is_complete else None
+                found.append((sequence, reason, None))
             except ConstraintError as error:
-                ends.append((sequence, reason_of(error), str(error)))
-            sequence.is_ready = True
-        return ends
+                found.append((sequence, reason_of(error), str(error)))
+        return found
 
     def wait(self, seconds: float) -> None:
         """Wait until a grammar is compiled, if any is being compiled; at most so long."""

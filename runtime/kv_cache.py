@@ -209,18 +209,19 @@ class KVCache:
             return nothing
         limit = (len(sequence.token_ids) - 1) // self.block_size
         self._name_blocks(sequence, limit)
-        found = [[pool.find(content) for content in sequence.contents[:limit]] for pool in self.pools]
+        contents = sequence.contents[:limit]
+        full = [pool for group, pool in zip(self.groups, self.pools, strict=True) if group.window is None]
+        for place, content in enumerate(contents):
+            if any(pool.find(content) is None for pool in full):
+                contents = contents[:place]
+                break
+        found = [[pool.find(content) for content in contents] for pool in self.pools]
         reach = [self._reach(group.window, blocks) for group, blocks in zip(self.groups, found, strict=True)]
-        for count in range(limit, 0, -1):
-            if all(reaches[count] for reaches in reach):
-                hit = count * self.block_size
-                firsts = [0 if g.window is None else self._behind(g.window, hit) for g in self.groups]
-                shared = [
-                    [block for block in blocks[first:count] if block is not None]
-                    for first, blocks in zip(firsts, found, strict=True)
-                ]
-                return hit, shared
-        return nothing
+        count = max(count for count in range(len(contents) + 1) if all(reaches[count] for reaches in reach))
+        hit = count * self.block_size
+        firsts = [0 if group.window is None else self._behind(group.window, hit) for group in self.groups]
+        shared = [blocks[first:count] for first, blocks in zip(firsts, found, strict=True)]
+        return hit, [[block for block in blocks if block is not None] for blocks in shared]
 
     def _reach(self, window: int | None, blocks: Many[int | None]) -> list[bool]:
         """For each number of blocks, whether those of them that are still seen are all there."""

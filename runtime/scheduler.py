@@ -66,7 +66,9 @@ class Scheduler:
         self._kv = kv
         self._budget = budget
         self._max_step_tokens = max_step_tokens
-        self._waiting: list[tuple[tuple[int, float, int], Sequence]] = []  # a heap
+        self._waiting: list[tuple[tuple[int, float, int], Sequence]] = []  # a heap; who is not in _queued has left
+        self._queued: set[Sequence] = set()
+        self._num_preempted = 0
         self._running: list[Sequence] = []
         self._free_rows = list(range(max_batch))  # a heap
         self._step = -1
@@ -77,7 +79,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queued)
 
     @property
     def num_running(self) -> int:
@@ -86,7 +88,7 @@ class Scheduler:
     @property
     def num_preempted(self) -> int:
         """Sequences that wait to be computed again."""
-        return sum(sequence.is_preempted for _, sequence in self._waiting)
+        return self._num_preempted
 
     def fits(self, sequence: Sequence) -> bool:
         """Whether the sequence could run to its end if it were alone; its last token is never computed."""
@@ -96,15 +98,14 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that fits."""
         assert self.fits(sequence)
-        heapq.heappush(self._waiting, (sequence.order, sequence))
+        self._queue(sequence)
 
     def remove(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Drop a sequence, waiting or running, and let go of its blocks; with `forget`, nobody finds them."""
         if sequence.row is not None:
             self._leave(sequence, forget=forget)
         else:
-            self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
-            heapq.heapify(self._waiting)
+            self._unqueue(sequence)
 
     def complete(self, step: int) -> None:
         """All steps up to `step` are over: what they touched may be used again."""
@@ -134,7 +135,8 @@ class Scheduler:
         rows = [s.row for s in self._running]
         assert len(set(rows) | set(self._free_rows)) == len(rows) + len(self._free_rows)
         assert {id(s) for s in self._running} == {id(s) for s in sequences if s.row is not None}
-        assert {id(s) for _, s in self._waiting} == {id(s) for s in sequences if s.row is None}
+        assert self._queued == {s for s in sequences if s.row is None} <= {s for _, s in self._waiting}
+        assert self._num_preempted == sum(s.is_preempted for s in self._queued)
         assert all(bool(s.tables) == (s.row is not None) for s in sequences)
         self._kv.check_integrity(sequences)
 
@@ -158,23 +160,33 @@ class Scheduler:
 
     def _admit(self, now: float, above: Sequence | None = None) -> None:
         """Take sequences from the queue while rows, blocks and budget last; of higher priority than `above` only."""
-        passed: list[tuple[tuple[int, float, int], Sequence]] = []
+        passed: list[Sequence] = []
         while self._waiting and (above is None or self._waiting[0][0][0] < above.order[0]):
-            entry = heapq.heappop(self._waiting)
-            sequence = entry[1]
-            if not self._may_start(sequence):
-                passed.append(entry)
-            elif self._place(sequence):
+            sequence = heapq.heappop(self._waiting)[1]
+            if sequence not in self._queued:
+                continue
+            self._unqueue(sequence)
+            if self._may_start(sequence) and self._place(sequence):
                 self._begin(sequence, now)
-            else:
-                passed.append(entry)
+                continue
+            passed.append(sequence)
+            if self._may_start(sequence):
                 break  # whoever comes later does not overtake
-        for entry in passed:
-            heapq.heappush(self._waiting, entry)
+        for sequence in passed:
+            self._queue(sequence)
+
+    def _queue(self, sequence: Sequence) -> None:
+        self._queued.add(sequence)
+        self._num_preempted += sequence.is_preempted
+        heapq.heappush(self._waiting, (sequence.order, sequence))
+
+    def _unqueue(self, sequence: Sequence) -> None:
+        self._queued.remove(sequence)
+        self._num_preempted -= sequence.is_preempted
 
     def _may_start(self, sequence: Sequence) -> bool:
-        """False while its constraint is compiled, its result is in flight, or its sibling computes the same prompt."""
-        if not sequence.is_ready or len(sequence.token_ids) < sequence.num_tokens:
+        """False while its result is in flight, or its sibling computes the same prompt."""
+        if len(sequence.token_ids) < sequence.num_tokens:
             return False
         leader = sequence.leader
         return leader is None or leader.is_over or len(leader.token_ids) > leader.num_prompt_tokens
@@ -209,7 +221,7 @@ class Scheduler:
         self._leave(sequence)
         sequence.is_preempted = True
         sequence.epoch += 1
-        heapq.heappush(self._waiting, (sequence.order, sequence))
+        self._queue(sequence)
 
     def _leave(self, sequence: Sequence, *, forget: bool = False) -> None:
         assert sequence.row is not None

@@ -87,7 +87,6 @@ class Sequence:
     owner: int = 0
     epoch: int = 0
     last_step: int = -1
-    is_ready: bool = True
     is_preempted: bool = False
     leader: "Sequence | None" = None
     matcher: TokenMatcher | None = None

@@ -16,8 +16,9 @@ def check_request(request: Request, info: EngineInfo) -> None:
     if len(prompt) >= info.max_context:
         raise RequestError("prompt", f"has {len(prompt)} tokens; the context of {info.max_context} leaves no room")
     for name, ids in (("prompt", prompt), ("stop_token_ids", request.stopping.stop_token_ids), *_ids(request.sampling)):
-        wrong = next((token for token in ids if not 0 <= token < info.vocab_size), None)
-        if wrong is not None:
+        tokens = tuple(ids)
+        if tokens and not (min(tokens) >= 0 and max(tokens) < info.vocab_size):
+            wrong = next(token for token in tokens if not 0 <= token < info.vocab_size)
             raise RequestError(name, f"token id {wrong} is outside the vocabulary of {info.vocab_size}")
 
 
