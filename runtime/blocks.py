@@ -1,6 +1,7 @@
 """The pool of KV blocks of one KV group: who holds which, what is cached, when it may be taken again. No torch."""
 
-from collections import OrderedDict, deque
+import heapq
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -42,32 +43,38 @@ class BlockPool:
         self._completed = -1
         self._blank: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # held by nobody, nothing cached
         self._idle: OrderedDict[int, None] = OrderedDict()  # held by nobody, cached; the longest unused first
-        self._fenced: deque[tuple[int, int]] = deque()  # (step, block) of those two that must wait
+        # Held by nobody, but a step in flight may touch them; and a heap of (step, clock, block) that says until when.
+        self._fenced: dict[int, None] = {}
+        self._lifts: list[tuple[int, int, int]] = []
         self._contents: dict[int, Content] = {}
         self._by_key: dict[bytes, int] = {}
 
     @property
     def num_available(self) -> int:
         """Blocks that can be taken now."""
-        return len(self._blank) + len(self._idle) - self.num_fenced
+        return len(self._blank) + len(self._idle)
 
     @property
     def num_fenced(self) -> int:
         """Blocks that nobody holds, but a step in flight may still touch."""
-        return len({block for _, block in self._fenced if self._refs[block] == 0 and self._is_fenced(block)})
+        return len(self._fenced)
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - len(self._blank) - len(self._idle)
+        return self.num_blocks - len(self._blank) - len(self._idle) - len(self._fenced)
 
     @property
     def num_cached(self) -> int:
         """Blocks that nobody holds and that a later prefix may find."""
-        return len(self._idle)
+        return len(self._idle) + sum(block in self._contents for block in self._fenced)
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Return how many blocks `num_tokens` tokens need."""
-        return -(-num_tokens // self.block_size)
+    def num_unheld(self, blocks: Iterable[int]) -> int:
+        """Return how many of these blocks could be taken now, were they not wanted for what they hold."""
+        return sum(block in self._idle for block in blocks)
+
+    def holds_any(self, blocks: Iterable[int]) -> bool:
+        """Whether any of these blocks holds something that can be found."""
+        return any(block in self._contents for block in blocks)
 
     def allocate(self, owner: int, count: int, *, wish: int = 0, whole: bool = False) -> list[int] | None:
         """Take `count` blocks, or return None and take nothing.
@@ -79,7 +86,7 @@ class BlockPool:
         if count > self.num_available:
             return None
         if not self.contiguous:
-            return self._take([self._next() for _ in range(count)])
+            return [self._take((self._next(),))[0] for _ in range(count)]
         available = self._available()
         promised = (self._promised != 0) & (self._promised != owner)
         start = find_window(available, promised, self._stamps, count, wish)
@@ -103,7 +110,8 @@ class BlockPool:
         """Hold blocks that `find` named, beside whoever holds them already."""
         for block in blocks:
             if self._refs[block] == 0:
-                del self._idle[block]
+                self._fenced.pop(block, None)
+                self._idle.pop(block, None)
                 self._stamps[block] = 0
             self._refs[block] += 1
 
@@ -113,7 +121,13 @@ class BlockPool:
             assert self._refs[block] > 0, f"block {block} is held by nobody"
             self._refs[block] -= 1
             self._fences[block] = max(self._fences[block], step)
-            if self._refs[block] == 0:
+            if self._refs[block] > 0:
+                continue
+            if self._is_fenced(block):
+                self._clock += 1
+                self._fenced[block] = None
+                heapq.heappush(self._lifts, (int(self._fences[block]), self._clock, block))
+            else:
                 self._lay_down(block)
 
     def forget_promises(self, owner: int) -> None:
@@ -123,8 +137,11 @@ class BlockPool:
     def complete(self, step: int) -> None:
         """All steps up to `step` are over."""
         self._completed = max(self._completed, step)
-        while self._fenced and self._fenced[0][0] <= self._completed:
-            self._fenced.popleft()
+        while self._lifts and self._lifts[0][0] <= self._completed:
+            block = heapq.heappop(self._lifts)[2]
+            if block in self._fenced and not self._is_fenced(block):
+                del self._fenced[block]
+                self._lay_down(block)
 
     def publish(self, block: int, content: Content) -> None:
         """Let a full block be found, unless another block holds the same already."""
@@ -149,23 +166,23 @@ class BlockPool:
 
     def flush(self) -> int:
         """Forget every cached block; return how many nobody held. Those held go on, unfindable."""
-        idle = list(self._idle)
+        cached = self.num_cached
         self.forget(list(self._contents))
-        return len(idle)
+        return cached
 
     def check_integrity(self, held: Iterable[int]) -> None:
         """Assert that references are exactly those of `held` (a block may appear several times); the rest adds up."""
         counts = np.bincount(np.fromiter(held, dtype=np.int64), minlength=self.num_blocks)
         assert (counts == self._refs).all(), "references do not match the holders"
-        blank, idle = set(self._blank), set(self._idle)
-        assert not blank & idle
-        assert blank | idle == set(np.flatnonzero(self._refs == 0).tolist())
+        blank, idle, fenced = set(self._blank), set(self._idle), set(self._fenced)
+        assert len(blank) + len(idle) + len(fenced) == len(blank | idle | fenced)
+        assert blank | idle | fenced == set(np.flatnonzero(self._refs == 0).tolist())
+        assert fenced == {block for block in fenced if self._is_fenced(block)} <= {block for *_, block in self._lifts}
         assert all(block in self._contents for block in idle)
         assert not any(block in self._contents for block in blank)
         assert {content.key: block for block, content in self._contents.items()} == self._by_key
         assert set(np.flatnonzero(self._stamps).tolist()) == idle
-        assert self.num_fenced + int(self._available().sum()) == len(blank) + len(idle)
-        assert self.num_available == int(self._available().sum())
+        assert set(np.flatnonzero(self._available()).tolist()) == blank | idle
 
     def _available(self) -> Mask:
         mask: Mask = (self._refs == 0) & (self._fences <= self._completed)
@@ -175,13 +192,8 @@ class BlockPool:
         return bool(self._fences[block] > self._completed)
 
     def _next(self) -> int:
-        """Return the block that has been free longest, an unfindable one first, and take it from its queue."""
-        for queue in (self._blank, self._idle):
-            for block in queue:
-                if not self._is_fenced(block):
-                    # A queue is in order of release, but a later release may be of an earlier step: look on.
-                    return self._pick_up(block)
-        raise AssertionError("the caller counted available blocks")
+        """Return the block that has been free longest, an unfindable one first."""
+        return next(iter(self._blank or self._idle))
 
     def _take(self, blocks: Iterable[int]) -> list[int]:
         taken = list(blocks)
@@ -191,7 +203,7 @@ class BlockPool:
             self._refs[block] = 1
         return taken
 
-    def _pick_up(self, block: int) -> int:
+    def _pick_up(self, block: int) -> None:
         """Take a block that nobody holds from its queue, and let its content be found no more."""
         if block in self._idle:
             del self._idle[block]
@@ -199,8 +211,7 @@ class BlockPool:
             self.num_evicted += 1
             self._drop_content(block)
         else:
-            self._blank.pop(block, None)
-        return block
+            del self._blank[block]
 
     def _lay_down(self, block: int) -> None:
         """Put a block that nobody holds any more into its queue."""
@@ -210,8 +221,6 @@ class BlockPool:
             self._idle[block] = None
         else:
             self._blank[block] = None
-        if self._is_fenced(block):
-            self._fenced.append((int(self._fences[block]), block))
 
     def _promise(self, owner: int, start: int, stop: int) -> None:
         self.forget_promises(owner)

@@ -12,7 +12,7 @@ def emit(
 ) -> RequestOutput:
     """Append a drawn token to its sequence, unless it is one that ends it, and report it."""
     stopping = sequence.request.stopping
-    if token in stopping.stop_token_ids:
+    if token in sequence.stop_ids:
         return report(sequence, reason=FinishReason.STOP, matched=token)
     if token in info.eos_token_ids and (not stopping.ignore_eos or sequence.matcher is not None):
         # Under a constraint EOS is drawn only where the text is complete: there is nothing to go on with.

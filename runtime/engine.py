@@ -44,7 +44,7 @@ class Engine:
         # With overlap, a step is launched before the results of the one before it are read.
         self._depth = int(config.overlap)
         self._shares_prompts = config.prefix_cache
-        self._in_flight: deque[Launched] = deque()
+        self._in_flight: deque[tuple[Launched, float]] = deque()  # and the seconds that planning it took
         self._live: dict[str, list[Sequence]] = {}
         self._serial = itertools.count()
         self._numeric_errors = 0
@@ -70,6 +70,12 @@ class Engine:
         """Raise RequestError if the request could never run here, however long it waited."""
         check_request(request, self.info)
         sequence = self._sequence(request, 0, None)
+        if sequence.num_prompt_tokens > self.info.kv_tokens:
+            raise RequestError(
+                "prompt",
+                f"has {sequence.num_prompt_tokens} tokens and the whole KV pool holds {self.info.kv_tokens}; "
+                "shorten it or serve with more --kv-memory",
+            )
         if not self._scheduler.fits(sequence):
             raise RequestError(
                 "max_new_tokens",
@@ -82,13 +88,16 @@ class Engine:
         if request.request_id in self._live:
             raise RequestError("request_id", f"{request.request_id!r} is in use")
         self.validate(request)
+        grammar = self._guides.submit(request.constraint)
         # The first of n computes the prompt; the others wait for it and find it in the prefix cache.
         leader = None
         for index in range(request.sampling.n):
             sequence = self._sequence(request, index, leader)
             self._live.setdefault(request.request_id, []).append(sequence)
-            if not self._guides.keep(sequence):
+            if grammar is None:
                 self._scheduler.add(sequence)
+            else:
+                self._guides.keep(sequence, grammar)
             leader = leader or sequence
 
     def abort(self, request_id: str) -> bool:
@@ -105,20 +114,22 @@ class Engine:
         self.num_steps += 1
         outputs = self._receive()
         plan = self._scheduler.schedule(began)
+        planning = time.monotonic() - began
         if plan.rows:
-            self._in_flight.append(self._runner.launch(plan, self._guides.masks(plan)))
+            self._in_flight.append((self._runner.launch(plan, self._guides.masks(plan)), planning))
         elif not self._in_flight:
             self._scheduler.complete(plan.number)
             self._guides.wait(COMPILE_WAIT)
         if not self._in_flight or (plan.rows and len(self._in_flight) <= self._depth):
             return StepResult(outputs=tuple(outputs), stats=self.stats())
-        done = self._in_flight.popleft()
+        done, seconds = self._in_flight.popleft()
+        collecting = time.monotonic()
         outcomes = self._runner.collect(done)
         self._scheduler.complete(done.plan.number)
         now = time.monotonic()
         for outcome in outcomes:
             outputs += self._take(outcome, now)
-        seconds = time.monotonic() - began
+        seconds += done.seconds + time.monotonic() - collecting
         self._budget.observe(done.plan.num_tokens, seconds)
         return StepResult(outputs=tuple(outputs), stats=self.stats(done, seconds))
 
@@ -196,6 +207,7 @@ class Engine:
             order=(-request.priority, request.arrival, next(self._serial)),
             token_ids=list(request.prompt_token_ids),
             num_tokens=len(request.prompt_token_ids),
+            stop_ids=frozenset(request.stopping.stop_token_ids),
             leader=leader if self._shares_prompts and not request.bypass_prefix_cache else None,
         )
 
@@ -214,25 +226,33 @@ class Engine:
         item, sequence = outcome.item, outcome.item.sequence
         if sequence.is_over:
             return []
+        scores = outcome.prompt_logprobs[max(0, sequence.num_reported_prompt_tokens - item.start - 1) :]
         if not outcome.finite:
             self._numeric_errors += 1
             return [self._fail(sequence, FinishReason.NUMERIC_ERROR, NOT_FINITE)]
         if item.epoch == sequence.epoch:
-            self._kv.publish(sequence, item.stop)
-        scores = outcome.prompt_logprobs[max(0, sequence.num_reported_prompt_tokens - item.start - 1) :]
+            self._kv.settle(sequence, item.stop)
         if outcome.prompt_logprobs:
             sequence.num_reported_prompt_tokens = max(sequence.num_reported_prompt_tokens, item.stop + 1)
         if not outcome.possible:
-            return [self._fail(sequence, *self._guides.why_impossible(sequence))]
-        if outcome.token_id is None:
-            return [dataclasses.replace(report(sequence), prompt_logprobs=scores)] if item.is_first or scores else []
+            output = self._fail(sequence, *self._guides.why_impossible(sequence))
+        elif outcome.token_id is None:
+            if not (item.is_first or scores):
+                return []
+            output = report(sequence)
+        else:
+            output = self._accept(sequence, outcome, now)
+        return [dataclasses.replace(output, prompt_logprobs=scores) if scores else output]
+
+    def _accept(self, sequence: Sequence, outcome: Outcome, now: float) -> RequestOutput:
+        assert outcome.token_id is not None
         try:
             output = emit(sequence, outcome.token_id, outcome.logprobs, self.info, now)
         except ConstraintError as error:
-            return [self._fail(sequence, reason_of(error), str(error))]
+            return self._fail(sequence, reason_of(error), str(error))
         if output.finish_reason is not None:
             self._end(sequence)
-        return [dataclasses.replace(output, prompt_logprobs=scores) if scores else output]
+        return output
 
     def _fail(self, sequence: Sequence, reason: FinishReason, error: str) -> RequestOutput:
         self._end(sequence, forget=reason is FinishReason.NUMERIC_ERROR)

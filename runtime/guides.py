@@ -6,12 +6,13 @@ from collections import deque
 import torch
 
 from pressd.runtime.constraints import ConstraintCompiler, ConstraintError, Grammar, Matcher
+from pressd.runtime.params import Constraint
 from pressd.runtime.request import FinishReason
 from pressd.runtime.sampling import TokenMasks
 from pressd.runtime.scheduler import StepPlan
 from pressd.runtime.sequence import Sequence
 
-IMPOSSIBLE = "no token satisfies the constraint, allowed_token_ids and bad_words together"
+IMPOSSIBLE = "no token is left by the constraint, allowed_token_ids, bad_words and min_new_tokens together"
 
 
 class Guides:
@@ -22,7 +23,8 @@ class Guides:
         self._words = -(-vocab_size // 32)
         self._device = device
         self._pending: dict[Sequence, concurrent.futures.Future[Grammar]] = {}
-        self._done: deque[Sequence] = deque()  # filled by the compiler's thread
+        self._waiters: dict[concurrent.futures.Future[Grammar], list[Sequence]] = {}
+        self._done: deque[concurrent.futures.Future[Grammar]] = deque()  # filled by the compiler's thread
         self._errors: dict[Sequence, ConstraintError] = {}
 
     @property
@@ -30,14 +32,19 @@ class Guides:
         """Sequences whose grammars are being compiled."""
         return len(self._pending)
 
-    def keep(self, sequence: Sequence) -> bool:
-        """Have the sequence's constraint compiled; False if it has none."""
-        if sequence.request.constraint is None:
-            return False
-        future = self._compiler.submit(sequence.request.constraint)
+    def submit(self, constraint: Constraint | None) -> concurrent.futures.Future[Grammar] | None:
+        """Have a constraint compiled; None if there is none."""
+        return None if constraint is None else self._compiler.submit(constraint)
+
+    def keep(self, sequence: Sequence, future: concurrent.futures.Future[Grammar]) -> None:
+        """Hold a sequence back until its grammar is compiled."""
         self._pending[sequence] = future
-        future.add_done_callback(lambda _: self._done.append(sequence))
-        return True
+        if future in self._waiters:
+            self._waiters[future].append(sequence)
+        else:
+            self._waiters[future] = [sequence]
+            # The compiler keeps its futures, and a future its callbacks: none may hold a sequence.
+            future.add_done_callback(self._done.append)
 
     def keeps(self, sequence: Sequence) -> bool:
         """Whether the sequence's grammar is being compiled."""
@@ -52,16 +59,10 @@ class Guides:
         """Return the sequences whose grammars are there, with the reason and the error of those that end with it."""
         found: list[tuple[Sequence, FinishReason | None, str | None]] = []
         while self._done:
-            sequence = self._done.popleft()
-            future = self._pending.pop(sequence, None)
-            if future is None:
-                continue  # it was dropped meanwhile
-            try:
-                sequence.matcher = future.result().matcher()
-                reason = FinishReason.CONSTRAINT_COMPLETE if sequence.matcher.is_complete else None
-                found.append((sequence, reason, None))
-            except ConstraintError as error:
-                found.append((sequence, reason_of(error), str(error)))
+            future = self._done.popleft()
+            for sequence in self._waiters.pop(future, ()):
+                if self._pending.pop(sequence, None) is not None:  # else it was dropped meanwhile
+                    found.append(_matched(sequence, future))
         return found
 
     def wait(self, seconds: float) -> None:
@@ -92,6 +93,17 @@ class Guides:
         """Return why a sequence could draw nothing."""
         error = self._errors.pop(sequence, None)
         return (FinishReason.CONSTRAINT_IMPOSSIBLE, IMPOSSIBLE) if error is None else (reason_of(error), str(error))
+
+
+def _matched(
+    sequence: Sequence, future: concurrent.futures.Future[Grammar]
+) -> tuple[Sequence, FinishReason | None, str | None]:
+    """Give a sequence its matcher; see Guides.poll."""
+    try:
+        sequence.matcher = future.result().matcher()
+    except ConstraintError as error:
+        return sequence, reason_of(error), str(error)
+    return sequence, FinishReason.CONSTRAINT_COMPLETE if sequence.matcher.is_complete else None, None
 
 
 def reason_of(error: ConstraintError) -> FinishReason:

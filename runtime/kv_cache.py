@@ -11,6 +11,10 @@ from pressd.runtime.blocks import BlockPool
 from pressd.runtime.prefix import full_blocks, root_key
 from pressd.runtime.sequence import BlockTable, Sequence
 
+# Blocks a sequence is promised to grow into, at least; beyond, as many as its output has, so that it seldom moves. To
+# promise all that it may ever need would evict what others find: with large max_new_tokens, half of all hits.
+PROMISE = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVGroup:
@@ -75,23 +79,22 @@ class KVCache:
         False, and nothing taken, if fewer than `spare` blocks would be left in a group.
         """
         assert not sequence.tables
+        hit, shared = self._match(sequence)
+        needs = [self._first_need(sequence, group, hit, chunk) for group in self.groups]
+        for pool, blocks, need in zip(self.pools, shared, needs, strict=True):
+            if need + spare > pool.num_available - pool.num_unheld(blocks):
+                return False
         self._owners += 1
         sequence.owner = self._owners
-        hit, shared = self._match(sequence)
         for pool, blocks in zip(self.pools, shared, strict=True):
             pool.share(blocks)
-        needs = [self._first_need(sequence, group, hit, chunk) for group in self.groups]
-        if any(need + spare > pool.num_available for need, pool in zip(needs, self.pools, strict=True)):
-            for pool, blocks in zip(self.pools, shared, strict=True):
-                pool.release(reversed(blocks), -1)
-            return False
         for group, need in enumerate(needs):
             table = BlockTable([0] * (hit // self.block_size - len(shared[group])))
             table.num_dropped = len(table.blocks)
             table.append(shared[group])
             sequence.tables.append(table)
             self._lengthen(sequence, group, need, spare, step)
-        sequence.num_computed_tokens = hit
+        sequence.num_computed_tokens = sequence.num_settled_tokens = hit
         sequence.num_published_blocks = hit // self.block_size
         if not sequence.was_scheduled:
             sequence.num_cached_tokens = hit
@@ -99,9 +102,21 @@ class KVCache:
             self.num_hit_tokens += hit
         return True
 
+    def could_admit(self, sequence: Sequence, *, chunk: int, spare: int, without: Many[Sequence]) -> bool:
+        """Whether `admit` could succeed if the sequences `without` gave back their blocks, cached or not."""
+        needs = [self._first_need(sequence, group, 0, chunk) for group in self.groups]
+        cached = (len(sequence.token_ids) - 1) // self.block_size
+        for group, (pool, need) in enumerate(zip(self.pools, needs, strict=True)):
+            freed = sum(len(other.tables[group].kept) for other in without)
+            if need - cached + spare > pool.num_available + pool.num_fenced + freed:
+                return False
+        return True
+
     def grow(self, sequence: Sequence, until: int, step: int) -> bool:
         """Give a sequence blocks for its first `until` tokens; False, and nothing taken, if they are not there."""
         needs = [self.blocks_for(until) - len(table.blocks) for table in sequence.tables]
+        if max(needs) <= 0:
+            return True
         if any(need > pool.num_available for need, pool in zip(needs, self.pools, strict=True)):
             return False
         for group, need in enumerate(needs):
@@ -118,13 +133,17 @@ class KVCache:
         )
 
     def slide(self, sequence: Sequence) -> None:
-        """Give back the blocks that no window reaches any more, now that `num_computed_tokens` are computed."""
+        """Give back the blocks that no window reaches any more.
+
+        What a step in flight computes is settled, and published, first.
+        """
         for group, table, pool in zip(self.groups, sequence.tables, self.pools, strict=True):
             if group.window is not None:
-                pool.release(table.drop(self._behind(group.window, sequence.num_computed_tokens)), sequence.last_step)
+                pool.release(table.drop(self._behind(group.window, sequence.num_settled_tokens)), sequence.last_step)
 
-    def publish(self, sequence: Sequence, until: int) -> None:
-        """Let the full blocks of the first `until` tokens be found; their keys and values are computed and exact."""
+    def settle(self, sequence: Sequence, until: int) -> None:
+        """The first `until` tokens have exact keys and values, no step in flight: let their full blocks be found."""
+        sequence.num_settled_tokens = until
         if not self._prefix_cache or sequence.request.bypass_prefix_cache:
             return
         done = until // self.block_size
@@ -144,7 +163,7 @@ class KVCache:
             pool.release(reversed(table.kept), sequence.last_step)
             pool.forget_promises(sequence.owner)
         sequence.tables = []
-        sequence.num_computed_tokens = 0
+        sequence.num_computed_tokens = sequence.num_settled_tokens = 0
 
     def take_copies(self) -> tuple[BlockCopy, ...]:
         """Return the copies that the step being planned must make first."""
@@ -237,25 +256,34 @@ class KVCache:
         table, pool, owner = sequence.tables[group], self.pools[group], sequence.owner
         kept = table.kept
         room = most_blocks(self.groups[group].window, sequence.max_length - 1, self.block_size, self.block_size)
-        wish = max(room, len(kept) + need)
+        grown = len(table.blocks) - self.blocks_for(sequence.num_prompt_tokens)
+        wish = max(len(kept) + need, min(room, len(kept) + need + max(PROMISE, grown)))
         if pool.contiguous and kept:
-            if table.first_block is not None:
-                blocks = pool.extend(owner, kept[-1], need, wish - len(kept))
-                if blocks is not None:
-                    table.append(blocks)
-                    return
-            if len(kept) + need + spare <= pool.num_available:
-                blocks = pool.allocate(owner, len(kept) + need, wish=wish, whole=True)
-                if blocks is not None:
-                    sources = table.move(blocks[: len(kept)])
-                    copy = BlockCopy(group, tuple(sources), tuple(blocks[: len(kept)]))
-                    self._copies.append((sequence, copy))
-                    pool.release(reversed(sources), step)
-                    table.append(blocks[len(kept) :])
-                    return
+            behind = kept[-1] if table.first_block is not None else None
+            # Whoever begins with a cached prefix must not take what else was cached behind it, if there is other room.
+            for may_evict in (sequence.row is not None, True):
+                if behind is not None and (may_evict or not pool.holds_any(range(behind + 1, behind + 1 + need))):
+                    blocks = pool.extend(owner, behind, need, wish - len(kept))
+                    if blocks is not None:
+                        table.append(blocks)
+                        return
+                if len(kept) + need + spare <= pool.num_available:
+                    blocks = pool.allocate(owner, len(kept) + need, wish=wish, whole=True)
+                    if blocks is not None:
+                        self._move(sequence, group, blocks, step)
+                        return
         pieces = pool.allocate(owner, need, wish=wish - len(kept))
         assert pieces is not None, "the caller counted available blocks"
         table.append(pieces)
+
+    def _move(self, sequence: Sequence, group: int, blocks: list[int], step: int) -> None:
+        """Copy what a sequence keeps to the first of `blocks`, and go on in the others."""
+        table = sequence.tables[group]
+        count = len(table.kept)
+        sources = table.move(blocks[:count])
+        self._copies.append((sequence, BlockCopy(group, tuple(sources), tuple(blocks[:count]))))
+        self.pools[group].release(reversed(sources), step)
+        table.append(blocks[count:])
 
 
 def most_blocks(window: int | None, num_tokens: int, chunk: int, block_size: int) -> int:

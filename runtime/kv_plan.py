@@ -26,11 +26,11 @@ def plan_groups(
     layers = {window: tuple(i for i, w in enumerate(windows) if w == window) for window in dict.fromkeys(windows)}
     demand = {window: most_blocks(window, max_context, chunk, block_size) for window in layers}
     costs = {window: layer_block_bytes * len(layers[window]) for window in layers}
-    sequences = memory / sum(demand[window] * costs[window] for window in layers)
+    whole = sum(demand[window] * costs[window] for window in layers)  # what the longest sequence takes
+    counts = {window: demand[window] * memory // whole for window in layers}
     if bounded:
-        sequences = min(sequences, max_batch)
-    counts = {window: int(demand[window] * sequences) for window in layers}
-    if sequences < 1 and None in layers and len(layers) > 1:
+        counts = {window: min(count, demand[window] * max_batch) for window, count in counts.items()}
+    if memory < whole and None in layers and len(layers) > 1:
         slid = {window: demand[window] for window in layers if window is not None}
         left = memory - sum(slid[window] * costs[window] for window in slid)
         if left >= costs[None]:

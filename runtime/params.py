@@ -9,6 +9,8 @@ MAX_TOP_LOGPROBS = 64
 MAX_BIAS = 1024
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_TOKENS = 32
+MAX_STOP_TOKENS = 1024
+MAX_TOKENS = 2**31 - 1
 
 ConstraintKind = Literal["json_schema", "json_object", "regex", "ebnf", "choice"]
 CONSTRAINT_KINDS: tuple[ConstraintKind, ...] = ("json_schema", "json_object", "regex", "ebnf", "choice")
@@ -50,8 +52,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, 100.0, "between 0 (greedy) and 100")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or left out")
+        if self.top_k is not None:
+            _whole("top_k", self.top_k)
+            if self.top_k < 1:
+                raise ValueError(f"top_k is {self.top_k}; it must be at least 1, or left out")
+        for name in ("seed", "n", "top_logprobs"):
+            _whole(name, getattr(self, name))
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         _within("min_p", self.min_p, 0.0, 1.0, "between 0 and 1")
@@ -69,14 +75,19 @@ class SamplingParams:
         if len(self.logit_bias) > MAX_BIAS:
             raise ValueError(f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_BIAS} are taken")
         for token, bias in self.logit_bias:
+            _whole("a token of logit_bias", token)
             _within(f"logit_bias of token {token}", bias, -100.0, 100.0, "between -100 and 100")
         if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
             raise ValueError("logit_bias names a token twice")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids is empty; name at least one token, or leave it out")
+        _all_whole("allowed_token_ids", self.allowed_token_ids or ())
+        if len(set(self.allowed_token_ids or ())) < len(self.allowed_token_ids or ()):
+            raise ValueError("allowed_token_ids names a token twice")
         if len(self.bad_words) > MAX_BAD_WORDS:
             raise ValueError(f"bad_words has {len(self.bad_words)} entries; at most {MAX_BAD_WORDS} are taken")
         for index, word in enumerate(self.bad_words):
+            _all_whole(f"bad_words[{index}]", word)
             if not 1 <= len(word) <= MAX_BAD_WORD_TOKENS:
                 raise ValueError(f"bad_words[{index}] has {len(word)} tokens; it must have 1 to {MAX_BAD_WORD_TOKENS}")
 
@@ -94,14 +105,19 @@ class StoppingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.min_new_tokens < 0:
-            raise ValueError(f"min_new_tokens is {self.min_new_tokens}; it must be at least 0")
+        if self.max_new_tokens is not None:
+            _whole("max_new_tokens", self.max_new_tokens)
+            if self.max_new_tokens < 1:
+                raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        _whole("min_new_tokens", self.min_new_tokens)
+        _within("min_new_tokens", self.min_new_tokens, 0, MAX_TOKENS, f"between 0 and {MAX_TOKENS}")
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens ({self.max_new_tokens}); lower it"
             )
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            raise ValueError(f"stop_token_ids has {len(self.stop_token_ids)} ids; at most {MAX_STOP_TOKENS} are taken")
+        _all_whole("stop_token_ids", self.stop_token_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +135,10 @@ class Constraint:
     def __post_init__(self) -> None:
         if self.kind not in CONSTRAINT_KINDS:
             raise ValueError(f"constraint {self.kind!r} is not known; choose one of {', '.join(CONSTRAINT_KINDS)}")
+        if not isinstance(self.text, str) or not isinstance(self.choices, tuple):
+            raise ValueError(f"{self.kind}: text must be a text, and choices a tuple of texts")
+        if not all(isinstance(choice, str) for choice in self.choices):
+            raise ValueError("choice: each of choices must be a text")
         if self.kind == "choice" and not self.choices:
             raise ValueError("choice: there is no text to choose from; give at least one")
         if self.kind in ("json_schema", "regex", "ebnf") and not self.text:
@@ -128,3 +148,13 @@ class Constraint:
 def _within(name: str, value: float, low: float, high: float, words: str) -> None:
     if not (math.isfinite(value) and low <= value <= high):
         raise ValueError(f"{name} is {value}; it must be {words}")
+
+
+def _whole(name: str, value: object) -> None:
+    if type(value) is not int:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")
+
+
+def _all_whole(name: str, values: tuple[int, ...]) -> None:
+    if not isinstance(values, tuple) or not set(map(type, values)) <= {int}:
+        raise ValueError(f"{name} must be a tuple of whole numbers")

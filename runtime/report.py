@@ -11,8 +11,8 @@ class StepStats:
 
     Totals: kv_gathers (a layer read keys and values of scattered blocks through a copy), kv_copied_blocks,
     numeric_errors, preemptions, prefix_queried_tokens, prefix_hit_tokens, evicted_blocks. `kv_blocks_cached` are free
-    to be taken but hold a prefix. `host_seconds` is the part of `seconds` in which no layer ran: scheduling, sampling
-    and Python.
+    to be taken but hold a prefix. `seconds` are those of planning, launching and collecting the step; `host_seconds`
+    the part of them in which, on a CPU, no layer ran: scheduling, sampling and Python.
     """
 
     seconds: float

@@ -32,11 +32,17 @@ class PromptScores:
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A step whose work is under way; its results are on the device. `model_seconds` the host waited for layers."""
+    """A step whose work is under way; its results are on the device.
+
+    `finite`, bool [sequences], tells whose hidden states are numbers. The host was busy with the launch for `seconds`,
+    for `model_seconds` of them with layers (on a CPU, which computes them then; a GPU is only told to).
+    """
 
     plan: StepPlan
     drawn: Drawn
+    finite: torch.Tensor
     prompts: tuple[PromptScores, ...]
+    seconds: float
     model_seconds: float
 
 
@@ -89,6 +95,7 @@ class Runner:
 
     def launch(self, plan: StepPlan, allowed: TokenMasks | None = None) -> Launched:
         """Start a step; `allowed` masks the sequences that draw, counted in the order of the plan."""
+        began = time.perf_counter()
         for row in plan.released:
             self.sampler.release(row)
         for sequence in plan.admitted:
@@ -100,13 +107,14 @@ class Runner:
         for copy in plan.copies:
             self._copy(copy)
         step = self.table.prepare(plan.rows)
-        began = time.perf_counter()
+        model_began = time.perf_counter()
         hidden = self.decoder.forward(step.token_ids, step.positions, self.kv, self._batches(plan, step))
         logits = self.decoder.lm_head(hidden.index_select(0, step.ends))
-        model_seconds = time.perf_counter() - began
+        model_seconds = time.perf_counter() - model_began
         drawn = self._draw(plan, step, logits, allowed)
         prompts = tuple(self._score_prompt(item, hidden, first) for item, first in _reporting(plan))
-        return Launched(plan, drawn, prompts, model_seconds)
+        seconds = time.perf_counter() - began
+        return Launched(plan, drawn, _finite_parts(hidden, step.stops), prompts, seconds, model_seconds)
 
     def collect(self, launched: Launched) -> list[Outcome]:
         """Wait for a step and return an outcome for each sequence of its plan, in order."""
@@ -115,14 +123,15 @@ class Runner:
         logprobs = drawn.logprobs.by_place() if drawn.logprobs is not None else {}
         prompts = {scores.item.sequence: _read(scores) for scores in launched.prompts}
         outcomes, place = [], 0
-        for item in launched.plan.rows:
+        for item, is_finite in zip(launched.plan.rows, launched.finite.tolist(), strict=True):
             report = prompts.get(item.sequence, ())
             if item.draws:
+                is_finite = is_finite and finite[place]
                 scores = (logprobs[place],) if place in logprobs else ()
-                outcomes.append(Outcome(item, tokens[place], finite[place], possible[place], scores, report))
+                outcomes.append(Outcome(item, tokens[place], is_finite, possible[place], scores, report))
                 place += 1
             else:
-                outcomes.append(Outcome(item, prompt_logprobs=report))
+                outcomes.append(Outcome(item, finite=is_finite, prompt_logprobs=report))
         return outcomes
 
     def _draw(self, plan: StepPlan, step: StepInput, logits: torch.Tensor, allowed: TokenMasks | None) -> Drawn:
@@ -175,6 +184,16 @@ class Runner:
             tiles.append(log_probabilities(wide, following[begin : begin + PROMPT_TILE], num_top))
         scores, top_ids, top = (torch.cat(parts) for parts in zip(*tiles, strict=True))
         return PromptScores(item, following.clone(), scores, top_ids, top)
+
+
+def _finite_parts(hidden: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
+    """Return bool [sequences]: whether all hidden states [T, H] of each part, which end at `stops`, are numbers.
+
+    A token that is none spoils keys and values of those before it in its chunk: what is masked counts as 0 times NaN.
+    """
+    faults = torch.logical_not(hidden.isfinite().all(dim=-1)).cumsum(0)
+    until = faults.index_select(0, stops - 1)
+    return until == torch.cat((torch.zeros_like(until[:1]), until[:-1]))
 
 
 def _reporting(plan: StepPlan) -> list[tuple[Scheduled, int]]:

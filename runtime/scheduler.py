@@ -183,6 +183,9 @@ class Scheduler:
     def _unqueue(self, sequence: Sequence) -> None:
         self._queued.remove(sequence)
         self._num_preempted -= sequence.is_preempted
+        if len(self._waiting) > 2 * len(self._queued) + 64:  # most of the heap has left
+            self._waiting = [entry for entry in self._waiting if entry[1] in self._queued]
+            heapq.heapify(self._waiting)
 
     def _may_start(self, sequence: Sequence) -> bool:
         """False while its result is in flight, or its sibling computes the same prompt."""
@@ -202,9 +205,15 @@ class Scheduler:
                 if self.num_preemptions > before and self._kv.num_fenced:
                     return False  # what was taken from the first comes free when the step in flight is over
             last = max(self._running if self._left else self._work, key=lambda s: s.order, default=None)
-            if last is None or last.order[0] <= sequence.order[0]:
+            if last is None or last.order[0] <= sequence.order[0] or not self._is_worth_it(sequence):
                 return False
             self._preempt(last)
+
+    def _is_worth_it(self, sequence: Sequence) -> bool:
+        """Whether a newcomer would fit if every lower priority gave way."""
+        lower = [other for other in self._running if other.order[0] > sequence.order[0]]
+        chunk, spare = max(1, self._left), len(self._running) - len(lower)
+        return self._kv.could_admit(sequence, chunk=chunk, spare=spare, without=lower)
 
     def _begin(self, sequence: Sequence, now: float) -> None:
         sequence.row = heapq.heappop(self._free_rows)

@@ -68,18 +68,20 @@ class Sequence:
     """One of a request's sequences.
 
     `token_ids` (prompt plus output) are known here; `num_tokens` counts also those drawn by a step whose result has not
-    come back. `num_computed_tokens` have keys and values once the steps in flight are over. `max_length` bounds the
-    tokens. `order` decides who goes first; times are monotonic seconds. `epoch` counts preemptions: what a step in
-    flight wrote for an earlier one is nobody's.
+    come back. `num_computed_tokens` have keys and values once the steps in flight are over, `num_settled_tokens` have
+    them now. `stop_ids` end the sequence, `max_length` bounds it. `order` decides who goes first; times are monotonic
+    seconds. `epoch` counts preemptions: what a step in flight wrote for an earlier one is nobody's.
     """
 
     request: Request
     index: int = 0
     max_length: int
     order: tuple[int, float, int]
+    stop_ids: frozenset[int] = frozenset()
     token_ids: list[int]
     num_tokens: int
     num_computed_tokens: int = 0
+    num_settled_tokens: int = 0
     tables: list[BlockTable] = field(default_factory=list)
     contents: list[Content] = field(default_factory=list)
     root: bytes = b""

@@ -13,12 +13,14 @@ from pressd.runtime.sequence import Sequence
 class StepInput:
     """The tokens of a step, all sequences in one row of T; `ends` [B] are the last ones of the sequences that draw.
 
-    `slots` has, for each KV group, where the keys and values of each token go (block * block_size + offset).
+    `stops` [sequences] are the ends of their parts. `slots` has, for each KV group, where the keys and values of each
+    token go (block * block_size + offset).
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     slots: tuple[torch.Tensor, ...]
+    stops: torch.Tensor
     ends: torch.Tensor
 
 
@@ -69,6 +71,7 @@ class RequestTable:
             token_ids=_at(self.token_ids, row_of, positions),
             positions=positions,
             slots=tuple(_at(table, row_of, blocks) * self.block_size + offsets for table in self.block_tables),
+            stops=stops,
             ends=stops.index_select(0, drawing.to(device)) - 1,
         )
 

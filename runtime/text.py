@@ -69,6 +69,8 @@ class TextStream:
         # Decoders treat the first token of a text unlike the others, so what is new is read after what is known.
         known, whole = self._tokenizer.decode(self._told), self._tokenizer.decode([*self._told, *self._open])
         text = whole[len(known) :] if whole.startswith(known) else self._tokenizer.decode(self._open)
+        if not text and self._told:
+            self._open = []  # special tokens: they will never be text, and need not be decoded again
         if not last and (not text or text.endswith(NO_CHARACTER)):
             return ""
         self._told, self._open = self._open or self._told, []

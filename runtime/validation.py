@@ -13,6 +13,8 @@ def check_request(request: Request, info: EngineInfo) -> None:
     prompt = request.prompt_token_ids
     if not prompt:
         raise RequestError("prompt", "is empty; at least one token is needed")
+    if not set(map(type, prompt)) <= {int}:
+        raise RequestError("prompt", "holds something that is no whole number; give token ids")
     if len(prompt) >= info.max_context:
         raise RequestError("prompt", f"has {len(prompt)} tokens; the context of {info.max_context} leaves no room")
     for name, ids in (("prompt", prompt), ("stop_token_ids", request.stopping.stop_token_ids), *_ids(request.sampling)):
@@ -20,6 +22,10 @@ def check_request(request: Request, info: EngineInfo) -> None:
         if tokens and not (min(tokens) >= 0 and max(tokens) < info.vocab_size):
             wrong = next(token for token in tokens if not 0 <= token < info.vocab_size)
             raise RequestError(name, f"token id {wrong} is outside the vocabulary of {info.vocab_size}")
+    try:
+        request.cache_salt.encode()
+    except UnicodeEncodeError:
+        raise RequestError("cache_salt", "is not valid Unicode") from None
 
 
 def max_length(request: Request, info: EngineInfo) -> int:

@@ -47,6 +47,7 @@ def asked(request: generate_pb2.GenerateRequest, request_id: str) -> Asked:
     _check("sampling.temperature", SamplingParams, temperature=temperature)
     _check("sampling.top_p", SamplingParams, top_p=top_p)
     _check("stopping.max_new_tokens", StoppingParams, max_new_tokens=max_new_tokens)
+    _check("stopping.stop_token_ids", StoppingParams, stop_token_ids=tuple(stopping.stop_token_ids))
     _check_stops(stopping.stop)
     return Asked(
         request_id=request_id,

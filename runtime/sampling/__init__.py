@@ -2,6 +2,6 @@
 
 from pressd.runtime.sampling.logprobs import LogprobColumns, log_probabilities
 from pressd.runtime.sampling.masks import TokenMasks
-from pressd.runtime.sampling.sampler import Drawn, Sampler, check_tokens
+from pressd.runtime.sampling.sampler import Drawn, Sampler
 
-__all__ = ["Drawn", "LogprobColumns", "Sampler", "TokenMasks", "check_tokens", "log_probabilities"]
+__all__ = ["Drawn", "LogprobColumns", "Sampler", "TokenMasks", "log_probabilities"]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from pressd.runtime.params import StoppingParams
 from pressd.runtime.request import Request
 from pressd.runtime.sampling.scratch import upload
 
@@ -47,7 +46,7 @@ class Bans:
 def bans_of(request: Request, eos_token_ids: Sequence[int], vocab_size: int, device: torch.device) -> Bans | None:
     """Return what the request forbids, or None if that is nothing."""
     words, allowed = request.sampling.bad_words, request.sampling.allowed_token_ids
-    early = _ending_ids(request.stopping, eos_token_ids) if request.stopping.min_new_tokens else []
+    early = _ending_ids(request, eos_token_ids) if request.stopping.min_new_tokens else []
     if not words and allowed is None and not early:
         return None
     longest = max((len(word) for word in words), default=1) - 1
@@ -65,8 +64,10 @@ def bans_of(request: Request, eos_token_ids: Sequence[int], vocab_size: int, dev
     )
 
 
-def _ending_ids(stopping: StoppingParams, eos_token_ids: Sequence[int]) -> list[int]:
-    return sorted({*stopping.stop_token_ids, *(() if stopping.ignore_eos else eos_token_ids)})
+def _ending_ids(request: Request, eos_token_ids: Sequence[int]) -> list[int]:
+    """Return what ends the request. Under a constraint EOS is the end of the text, wished for or not."""
+    ignored = request.stopping.ignore_eos and request.constraint is None
+    return sorted({*request.stopping.stop_token_ids, *(() if ignored else eos_token_ids)})
 
 
 class BatchBans:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from pressd.runtime.params import SamplingParams, StoppingParams
 from pressd.runtime.request import Request
 from pressd.runtime.sampling import filters
 from pressd.runtime.sampling.blocks import block_maxima, first_maximum
@@ -217,17 +216,3 @@ def keep_filtered(weights: torch.Tensor, race: Race, group: Group, part: slice) 
         filters.keep_top_p(weights, keys, group.typical_p[part], race.scratch)
     if used.min_p:
         filters.keep_min_p(weights, group.min_p[part], race.scratch)
-
-
-def check_tokens(sampling: SamplingParams, stopping: StoppingParams, vocab_size: int) -> None:
-    """Raise ValueError, naming field and token, if a token id that the request names is outside the vocabulary."""
-    named = {
-        "logit_bias": [token for token, _ in sampling.logit_bias],
-        "allowed_token_ids": sampling.allowed_token_ids or (),
-        "bad_words": [token for word in sampling.bad_words for token in word],
-        "stop_token_ids": stopping.stop_token_ids,
-    }
-    for field, tokens in named.items():
-        for token in tokens:
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"{field} names token {token}; it must be below the vocabulary's size, {vocab_size}")

@@ -129,7 +129,7 @@ class PaperEngine:
             if sequence.is_over:
                 continue
             if item.epoch == sequence.epoch:
-                self.kv.publish(sequence, item.stop)
+                self.kv.settle(sequence, item.stop)
             if place in drawn:
                 sequence.token_ids.append(drawn[place])
                 self.outputs[sequence.request.request_id].append(drawn[place])

@@ -131,7 +131,7 @@ def test_scattered_blocks_are_gathered_and_agree(tiny_llama: Path) -> None:
     assert engine.stats().kv_blocks_used == 32, "four blocks each; eight are left to grow into"
     for index in (0, 2, 4):
         engine.abort(f"small{index}")
-    wide = request("wide", tuple(range(33)), 2)
+    wide = request("wide", tuple(range(57)), 2)
     engine.add(wide)
     before = engine.stats().kv_gathers
     engine.step()

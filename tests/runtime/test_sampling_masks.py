@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pressd.runtime.params import SamplingParams, StoppingParams
-from pressd.runtime.request import Request
-from pressd.runtime.sampling import Sampler, TokenMasks, check_tokens
+from pressd.runtime.sampling import Sampler, TokenMasks
 
 
 def _load(name: str) -> ModuleType:
@@ -257,19 +256,3 @@ def test_what_was_drawn_counts_at_once_and_again_after_a_preemption() -> None:
         table[0, len(tokens)] = drawn
         tokens.append(drawn)
     assert len(set(tokens)) > 5
-
-
-@pytest.mark.parametrize(
-    ("field", "request_"),
-    [
-        ("logit_bias", {"sampling": SamplingParams(logit_bias=((97, 1.0),))}),
-        ("allowed_token_ids", {"sampling": SamplingParams(allowed_token_ids=(0, -1))}),
-        ("bad_words", {"sampling": SamplingParams(bad_words=((1, 2), (3, 97, 4)))}),
-        ("stop_token_ids", {"stopping": StoppingParams(stop_token_ids=(100,))}),
-    ],
-)
-def test_tokens_outside_the_vocabulary_are_named(field: str, request_: dict[str, Any]) -> None:
-    request = Request(request_id="x", prompt_token_ids=(1,), **request_)
-    with pytest.raises(ValueError, match=field):
-        check_tokens(request.sampling, request.stopping, 97)
-    check_tokens(SamplingParams(logit_bias=((96, 1.0),)), StoppingParams(stop_token_ids=(0,)), 97)

@@ -219,3 +219,16 @@ def test_a_window_gives_back_what_it_has_passed() -> None:
         held.append(engine.kv.pools[0].num_used)
     assert max(held) <= group.num_blocks == 5
     assert engine.outputs["1"] == paper.expected(long)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_prefix_behind_a_window_is_found_whenever_results_are_read(depth: int) -> None:
+    """A window slides over what has been settled, so that its blocks are published before they are given back."""
+    group = KVGroup(layers=(0,), window=6, num_blocks=40)
+    engine = paper.PaperEngine([group], 4, max_batch=2, chunk=16, depth=depth, contiguous=True)
+    prompt = (1, 2, 0) * 8
+    run(engine, (prompt, 2, 0))
+    engine.drain(50)
+    (second,) = run(engine, ((*prompt, 1, 1), 2, 0))
+    engine.drain(50)
+    assert second.num_cached_tokens == 24
