@@ -166,11 +166,12 @@ class Scheduler:
             if sequence not in self._queued:
                 continue
             self._unqueue(sequence)
-            if self._may_start(sequence) and self._place(sequence):
+            if not self._may_start(sequence):
+                passed.append(sequence)
+            elif self._place(sequence):
                 self._begin(sequence, now)
-                continue
-            passed.append(sequence)
-            if self._may_start(sequence):
+            else:
+                passed.append(sequence)
                 break  # whoever comes later does not overtake
         for sequence in passed:
             self._queue(sequence)

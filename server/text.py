@@ -8,11 +8,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jinja2
 from tokenizers import Tokenizer
 
+from pressd.runtime.artifact.spelling import Speller
 from pressd.runtime.artifact.tokenizer import load_tokenizer
 from pressd.server.asked import Message
 
@@ -93,52 +94,9 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> dict[int, bytes]:
 
     Raises ValueError if the tokenizer's decoder does not treat tokens one by one.
     """
-    spell = _Speller(json.loads(tokenizer.to_str()).get("decoder"))
+    spell = Speller(json.loads(tokenizer.to_str()).get("decoder"))
+    if not spell.has_steps:
+        raise ValueError("the tokenizer has no decoder; save it with one, such as ByteLevel or Metaspace")
     special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     return {token_id: spell(token) for token, token_id in vocabulary.items() if token_id not in special}
-
-
-class _Speller:
-    """What the steps of a tokenizers decoder do to one token inside a text."""
-
-    def __init__(self, decoder: dict[str, Any] | None) -> None:
-        steps = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-        self._replacements: list[tuple[str, str]] = []
-        self._byte_level = False
-        self._byte_fallback = False
-        for step in steps:
-            match step:
-                case {"type": "ByteLevel"}:
-                    self._byte_level = True
-                case {"type": "ByteFallback"}:
-                    self._byte_fallback = True
-                case {"type": "Replace", "pattern": {"String": old}, "content": new}:
-                    self._replacements.append((old, new))
-                case {"type": "Metaspace", "replacement": old}:
-                    self._replacements.append((old, " "))
-                case {"type": "Fuse" | "Strip"}:  # Strip is about the beginning of a text, and a completion has none
-                    pass
-                case {"type": other}:
-                    raise ValueError(f"the tokenizer's decoder {other} cannot be streamed by this build")
-        if not steps:
-            raise ValueError("the tokenizer has no decoder; save it with one, such as ByteLevel or Metaspace")
-
-    def __call__(self, token: str) -> bytes:
-        if self._byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes.fromhex(token[3:5])
-        for old, new in self._replacements:
-            token = token.replace(old, new)
-        if self._byte_level and all(character in _BYTE_OF_CHARACTER for character in token):
-            return bytes(_BYTE_OF_CHARACTER[character] for character in token)
-        return token.encode("utf-8")
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """The characters that stand for bytes: printable ones for themselves, the others from U+0100 on, in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_OF_CHARACTER = _byte_level_alphabet()

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 
+from pressd.runtime.artifact.spelling import Speller
 from pressd.runtime.artifact.tokenizer import load_tokenizer
 from pressd.runtime.constraints.error import ConstraintError
 
@@ -71,7 +72,7 @@ def _bytes_of_tokens(tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[i
     Raises ValueError for a decoder that does not spell tokens one by one.
     """
     backend = tokenizer.backend_tokenizer
-    spell = _Speller(json.loads(backend.to_str()).get("decoder"))
+    spell = Speller(json.loads(backend.to_str()).get("decoder"))
     added = backend.get_added_tokens_decoder()
     tokens = [b""] * vocab_size
     for text, token in backend.get_vocab(with_added_tokens=True).items():
@@ -84,45 +85,3 @@ def _bytes_of_tokens(tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[i
         else:
             tokens[token] = text.encode() if token in added else spell(text)
     return tokens
-
-
-class _Speller:
-    """The bytes that a token adds inside a text, by the steps of a tokenizers decoder."""
-
-    def __init__(self, decoder: dict[str, Any] | None) -> None:
-        steps = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-        self._spaces: list[tuple[str, str]] = []
-        self._byte_level = self._byte_fallback = False
-        for step in steps:
-            match step:
-                case {"type": "ByteLevel"}:
-                    self._byte_level = True
-                case {"type": "ByteFallback"}:
-                    self._byte_fallback = True
-                case {"type": "Replace", "pattern": {"String": old}, "content": new}:
-                    self._spaces.append((old, new))
-                case {"type": "Metaspace", "replacement": old}:
-                    self._spaces.append((old, " "))
-                case {"type": "Fuse" | "Strip"}:  # Strip is about the beginning of a whole text
-                    pass
-                case {"type": other}:
-                    raise ValueError(f"its decoder {other} does not spell tokens one by one")
-
-    def __call__(self, token: str) -> bytes:
-        if self._byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes.fromhex(token[3:5])
-        for old, new in self._spaces:
-            token = token.replace(old, new)
-        if self._byte_level and all(character in _BYTE_OF for character in token):
-            return bytes(_BYTE_OF[character] for character in token)
-        return token.encode()
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's stand-ins for bytes: printable ones for themselves, the others from U+0100 on (Radford et al. 2019)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_level_alphabet()

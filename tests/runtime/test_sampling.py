@@ -1,29 +1,16 @@
 """Draws, for every setting, against probabilities by sorts and loops in float64; and that wrong ones do not pass."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+import sampling_oracle as oracle
 import torch
 
 from pressd.runtime.params import SamplingParams
 from pressd.runtime.sampling import noise
 from pressd.runtime.sampling import sampler as sampler_module
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-oracle = _load("sampling_oracle")
 VOCAB, DRAWS = 41, 20000
 LOGITS = 1.5 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(5))
 # Prompt of four tokens, one of which comes again, and an output with repetitions of the likeliest token.

@@ -1,10 +1,7 @@
 """A row's draw is its own: whatever shares its batch, its chunk, or had its row before."""
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
 import pytest
+import sampling_oracle as oracle
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,17 +11,6 @@ from pressd.runtime.request import Request
 from pressd.runtime.sampling import Drawn, Sampler, TokenMasks, log_probabilities
 from pressd.runtime.sampling import sampler as sampler_module
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-oracle = _load("sampling_oracle")
 VOCABS = (1, 31, 97, 4099)
 
 

@@ -1,12 +1,10 @@
 """What filters keep: exactly what sorts in float64 keep, by either way, with ties; transformers' warpers agree."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+import sampling_oracle as oracle
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,17 +16,6 @@ from pressd.runtime.sampling.race import Race
 from pressd.runtime.sampling.sampler import draw, keep_filtered
 from pressd.runtime.sampling.scratch import Scratch
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-oracle = _load("sampling_oracle")
 CPU = torch.device("cpu")
 VOCABS = (1, 31, 32, 33, 97, 4099)
 

@@ -1,13 +1,11 @@
 """Forbidden tokens, biases and penalties: against transformers' logits processors and against plain loops."""
 
-import importlib.util
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import sampling_oracle as oracle
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,17 +13,6 @@ from hypothesis import strategies as st
 from pressd.runtime.params import SamplingParams, StoppingParams
 from pressd.runtime.sampling import Sampler, TokenMasks
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-oracle = _load("sampling_oracle")
 VOCAB = 37
 PROMPT, OUTPUT = (5, 9, 9, 30), (5, 7, 7, 7, 12, 9)
 GREEDY = {"temperature": 0.0}

@@ -1,28 +1,15 @@
 """The noise: against its hash in Python integers, and as exponentials that no two of seed, position, token share."""
 
-import importlib.util
 import math
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+import sampling_oracle as oracle
 import torch
 
 from pressd.runtime.sampling import noise
 from pressd.runtime.sampling.scratch import Scratch
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-oracle = _load("sampling_oracle")
 CPU = torch.device("cpu")
 MASK64, MASK32 = 2**64 - 1, 2**32 - 1
 BINS = 16

@@ -1,9 +1,8 @@
 """The scheduler and the KV cache under random histories: right tokens, budgets kept, nobody starved, nothing leaked."""
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
+import paper_engine as paper
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -11,18 +10,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pressd.runtime.kv_cache import KVGroup, most_blocks
 from pressd.runtime.sequence import Sequence
-
-
-def _load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-paper = _load("paper_engine")
 
 LONGEST = 48
 WINDOWS: dict[str, list[int | None]] = {"full": [None], "window": [6], "mixed": [None, 5, 9]}

@@ -60,7 +60,7 @@ def test_decoder_that_looks_at_neighbours_is_refused() -> None:
     with pytest.raises(ValueError, match="no decoder"):
         bytes_of_tokens(tokenizer)
     tokenizer.decoder = decoders.WordPiece()
-    with pytest.raises(ValueError, match="WordPiece cannot be streamed"):
+    with pytest.raises(ValueError, match="WordPiece does not spell tokens one by one"):
         bytes_of_tokens(tokenizer)
 
 
