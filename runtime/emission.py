@@ -13,7 +13,9 @@ def emit(
     """Append a drawn token to its sequence, unless it is one that ends it, and report it."""
     stopping = sequence.request.stopping
     if token in sequence.stop_ids:
-        return report(sequence, reason=FinishReason.STOP, matched=token)
+        if not stopping.include_stop:
+            return report(sequence, reason=FinishReason.STOP, matched=token)
+        return report(sequence, tokens=(token,), reason=FinishReason.STOP, matched=token, logprobs=logprobs)
     if token in info.eos_token_ids and (not stopping.ignore_eos or sequence.matcher is not None):
         # Under a constraint EOS is drawn only where the text is complete: there is nothing to go on with.
         return report(sequence, reason=FinishReason.EOS, matched=token)

@@ -100,9 +100,13 @@ class Engine:
                 self._guides.keep(sequence, grammar)
             leader = leader or sequence
 
-    def abort(self, request_id: str) -> bool:
-        """Drop a request; its blocks are free when the step in flight, if any, is over. False if it is not live."""
-        sequences = list(self._live.get(request_id, ()))
+    def abort(self, request_id: str, index: int | None = None) -> bool:
+        """Drop a request, or one of its sequences; False if it is not live.
+
+        What it held is free when the step in flight, if any, is over.
+        """
+        live = self._live.get(request_id, ())
+        sequences = [sequence for sequence in live if index in (None, sequence.index)]
         for sequence in sequences:
             self._end(sequence)
         return bool(sequences)

@@ -96,12 +96,13 @@ class SamplingParams:
 class StoppingParams:
     """When a request ends by itself. None for max_new_tokens means: up to the context limit.
 
-    Before `min_new_tokens` no end-of-sequence or stop token is drawn.
+    Before `min_new_tokens` no end-of-sequence or stop token is drawn. `include_stop` keeps the stop token that ended it.
     """
 
     max_new_tokens: int | None = None
     min_new_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:

@@ -7,7 +7,10 @@ from pressd.runtime.params import Constraint, SamplingParams, StoppingParams
 
 
 class FinishReason(enum.Enum):
-    """Why a sequence ended. The last three come with `RequestOutput.error`."""
+    """Why a sequence ended. The last three come with `RequestOutput.error`.
+
+    CANCELLED and TIME_LIMIT are for those who read an engine; it never ends a sequence so by itself.
+    """
 
     EOS = "eos"
     STOP = "stop"
@@ -15,6 +18,7 @@ class FinishReason(enum.Enum):
     CONTEXT_LIMIT = "context_limit"
     CONSTRAINT_COMPLETE = "constraint_complete"
     CANCELLED = "cancelled"
+    TIME_LIMIT = "time_limit"
     NUMERIC_ERROR = "numeric_error"
     CONSTRAINT_INVALID = "constraint_invalid"
     CONSTRAINT_IMPOSSIBLE = "constraint_impossible"
@@ -41,10 +45,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:
-    """Natural log-probability of a token under the raw model, and of the likeliest tokens, likeliest first."""
+    """Natural log-probability of a token under the raw model, and of the likeliest tokens, likeliest first.
+
+    `rank` is its place among all tokens by probability, from 1; equally likely ones share the best of theirs.
+    """
 
     token_id: int
     logprob: float
+    rank: int
     top: tuple[tuple[int, float], ...] = ()
 
 
@@ -53,8 +61,8 @@ class RequestOutput:
     """What one step did for one sequence of a request: new tokens, and the reason if it ended.
 
     The step that first schedules a sequence reports it, without tokens if the prompt takes more steps. `index` counts
-    the sequences of a request. `matched_token_id` is the stop or EOS token (never part of `token_ids`) that ended it.
-    `logprobs` has an entry for each of `token_ids`, `prompt_logprobs` for prompt tokens computed in this step (the
+    the sequences of a request. `matched_token_id` is the stop or EOS token that ended it, part of `token_ids` only where
+    `StoppingParams.include_stop` keeps a stop token. `logprobs` has an entry for each of `token_ids`, `prompt_logprobs` for prompt tokens computed in this step (the
     prompt's first token has none), both only if asked for. Times are monotonic seconds: when its first token was
     scheduled and when its first token came out; 0.0 while that has not happened. `num_cached_tokens` of the prompt were
     found in the prefix cache.

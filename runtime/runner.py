@@ -26,6 +26,7 @@ class PromptScores:
     item: Scheduled
     token_ids: torch.Tensor
     logprobs: torch.Tensor
+    ranks: torch.Tensor
     top_ids: torch.Tensor
     top_logprobs: torch.Tensor
 
@@ -182,8 +183,8 @@ class Runner:
             logits = self.decoder.lm_head(rows[begin : begin + PROMPT_TILE])
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             tiles.append(log_probabilities(wide, following[begin : begin + PROMPT_TILE], num_top))
-        scores, top_ids, top = (torch.cat(parts) for parts in zip(*tiles, strict=True))
-        return PromptScores(item, following.clone(), scores, top_ids, top)
+        scores, ranks, top_ids, top = (torch.cat(parts) for parts in zip(*tiles, strict=True))
+        return PromptScores(item, following.clone(), scores, ranks, top_ids, top)
 
 
 def _finite_parts(hidden: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
@@ -208,9 +209,9 @@ def _reporting(plan: StepPlan) -> list[tuple[Scheduled, int]]:
 
 
 def _read(scores: PromptScores) -> tuple[TokenLogprobs, ...]:
-    columns = (scores.token_ids, scores.logprobs, scores.top_ids, scores.top_logprobs)
-    ids, values, top_ids, top = (column.tolist() for column in columns)
+    columns = (scores.token_ids, scores.logprobs, scores.ranks, scores.top_ids, scores.top_logprobs)
+    ids, values, ranks, top_ids, top = (column.tolist() for column in columns)
     return tuple(
-        TokenLogprobs(token_id=token, logprob=value, top=tuple(zip(others, tops, strict=True)))
-        for token, value, others, tops in zip(ids, values, top_ids, top, strict=True)
+        TokenLogprobs(token_id=token, logprob=value, rank=rank, top=tuple(zip(others, tops, strict=True)))
+        for token, value, rank, others, tops in zip(ids, values, ranks, top_ids, top, strict=True)
     )

@@ -174,12 +174,13 @@ class Sampler:
         if plan.asked_places is None:
             return None
         chosen, drawn = logits.index_select(0, plan.asked_places), token_ids.index_select(0, plan.asked_places)
-        logprobs, top_ids, top_logprobs = log_probabilities(chosen, drawn, max(plan.num_top))
+        logprobs, ranks, top_ids, top_logprobs = log_probabilities(chosen, drawn, max(plan.num_top))
         return LogprobColumns(
             places=plan.asked,
             num_top=plan.num_top,
             token_ids=drawn,
             logprobs=logprobs,
+            ranks=ranks,
             top_ids=top_ids,
             top_logprobs=top_logprobs,
         )

@@ -115,6 +115,49 @@ def test_requests_that_come_and_go_leave_nothing(tiny_llama: Path) -> None:
     assert engine.stats().kv_blocks_used == 0
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_several_sequences_can_be_dropped(tiny_llama: Path, victim: int) -> None:
+    engine = Engine.from_pretrained(tiny_llama, EXACT)
+    sampling = SamplingParams(temperature=1.0, seed=3, n=3)
+    stopping = StoppingParams(max_new_tokens=12, ignore_eos=True)
+    request = Request(request_id="r", prompt_token_ids=tuple(range(20)), sampling=sampling, stopping=stopping)
+
+    def run(drop_after: int | None) -> dict[int, list[int]]:
+        engine.add(request)
+        said: dict[int, list[int]] = {index: [] for index in range(3)}
+        for step in range(100):
+            if step == drop_after:
+                assert engine.abort("r", victim)
+                assert not engine.abort("r", victim), "a second time finds nothing"
+            if not engine.has_work:
+                break
+            for output in engine.step().outputs:
+                said[output.index] += output.token_ids
+            engine.check_integrity()
+        assert engine.stats().kv_blocks_used == 0
+        return said
+
+    whole = run(None)
+    for drop_after in (0, 2, 6):  # also while the prompt is computed, which the first does for all
+        part = run(drop_after)
+        assert [part[index] for index in part if index != victim] == [whole[i] for i in whole if i != victim]
+        assert part[victim] == whole[victim][: len(part[victim])] != whole[victim]
+
+
+def test_a_stop_token_can_be_kept_with_its_log_probability(tiny_llama: Path) -> None:
+    engine = Engine.from_pretrained(tiny_llama, EXACT)
+    sampling = SamplingParams(temperature=0.0, logprobs=True)
+    whole, *_ = engine.generate([[1, 2, 3]], sampling, StoppingParams(max_new_tokens=8, ignore_eos=True))
+    stop = next(token for index, token in enumerate(whole.token_ids) if index and token not in whole.token_ids[:index])
+    place = whole.token_ids.index(stop)
+    for kept in (False, True):
+        stopping = StoppingParams(max_new_tokens=8, stop_token_ids=(stop,), include_stop=kept, ignore_eos=True)
+        (short,) = engine.generate([[1, 2, 3]], sampling, stopping)
+        assert short.finish_reason is FinishReason.STOP
+        assert short.token_ids == whole.token_ids[: place + kept]
+        assert short.logprobs == whole.logprobs[: place + kept]
+
+
 def test_scattered_blocks_are_gathered_and_agree(tiny_llama: Path) -> None:
     """With no free run long enough a sequence takes pieces and is gathered instead of viewed: counted, and equal."""
     config = EngineConfig(dtype="float64", kernels="reference", block_size=4, max_batch=12, kv_memory=40 * 4 * 1024)

@@ -229,13 +229,15 @@ def test_log_probabilities_are_of_the_raw_model(vocab_size: int, dtype: torch.dt
     wanted = logits.double().log_softmax(-1)
     order = logits.sort(dim=-1, descending=True, stable=True).indices
     for num_top in (0, 1, 5, 64):
-        logprob, ids, top = log_probabilities(logits, tokens, num_top)
+        logprob, ranks, ids, top = log_probabilities(logits, tokens, num_top)
         assert logprob.shape == (5,)
+        own = logits.gather(1, tokens[:, None]).numpy()
+        assert ranks.tolist() == [1 + int((row > mine).sum()) for row, mine in zip(logits.numpy(), own, strict=True)]
         assert torch.equal(ids, order[:, :num_top])
         # Sums of up to 4,099 numbers up to 1 in float64, and a difference of numbers below 40.
         torch.testing.assert_close(logprob, wanted.gather(1, tokens[:, None])[:, 0], rtol=0, atol=1e-13)
         torch.testing.assert_close(top, wanted.gather(1, ids), rtol=0, atol=1e-13)
-    assert [part.shape for part in log_probabilities(logits[:0], tokens[:0], 1)] == [(0,), (0, 1), (0, 1)]
+    assert [part.shape for part in log_probabilities(logits[:0], tokens[:0], 1)] == [(0,), (0,), (0, 1), (0, 1)]
 
 
 def test_log_probabilities_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
