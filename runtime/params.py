@@ -96,7 +96,8 @@ class SamplingParams:
 class StoppingParams:
     """When a request ends by itself. None for max_new_tokens means: up to the context limit.
 
-    Before `min_new_tokens` no end-of-sequence or stop token is drawn. `include_stop` keeps the stop token that ended it.
+    Before `min_new_tokens` no end-of-sequence or stop token is drawn. `include_stop` keeps the stop token that ended
+    it.
     """
 
     max_new_tokens: int | None = None

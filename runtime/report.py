@@ -58,6 +58,7 @@ class EngineInfo:
     """What start-up discovered; constant for the life of the engine. Bytes are of memory really allocated.
 
     `kv_blocks` and `kv_bytes` are of all KV groups together; `kv_tokens` is the longest sequence that they can hold.
+    `unfused_groups` are those whose members could not become one matrix.
     """
 
     architecture: str
@@ -76,4 +77,5 @@ class EngineInfo:
     weights_bytes: int
     dense_bytes: int
     kernels: tuple[KernelChoice, ...]
+    unfused_groups: int
     load_seconds: dict[str, float]

@@ -60,12 +60,12 @@ class TokenLogprobs:
 class RequestOutput:
     """What one step did for one sequence of a request: new tokens, and the reason if it ended.
 
-    The step that first schedules a sequence reports it, without tokens if the prompt takes more steps. `index` counts
-    the sequences of a request. `matched_token_id` is the stop or EOS token that ended it, part of `token_ids` only where
-    `StoppingParams.include_stop` keeps a stop token. `logprobs` has an entry for each of `token_ids`, `prompt_logprobs` for prompt tokens computed in this step (the
-    prompt's first token has none), both only if asked for. Times are monotonic seconds: when its first token was
-    scheduled and when its first token came out; 0.0 while that has not happened. `num_cached_tokens` of the prompt were
-    found in the prefix cache.
+    The step that first schedules a sequence reports it, without tokens if the prompt takes more steps. `index`
+    counts the sequences of a request. `matched_token_id` is the stop or EOS token that ended it, part of
+    `token_ids` only where `StoppingParams.include_stop` keeps a stop token. `logprobs` has an entry for each of
+    `token_ids`, `prompt_logprobs` for prompt tokens computed in this step (the prompt's first token has none), both
+    only if asked for. Times are monotonic seconds: when its first token was scheduled and when its first token came
+    out; 0.0 while that has not happened. `num_cached_tokens` of the prompt were found in the prefix cache.
     """
 
     request_id: str

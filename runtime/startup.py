@@ -107,6 +107,7 @@ def _describe(
         weights_bytes=decoder.weights_bytes,
         dense_bytes=checkpoint.dense_bytes,
         kernels=decoder.kernels,
+        unfused_groups=decoder.unfused_groups,
         load_seconds=seconds,
     )
 

@@ -1,9 +1,9 @@
-"""Who may come in: as many requests as there are places in the batch and the queue, and so many waiting tokens."""
+"""Who may come in: as many sequences as there are places in the batch and the queue, and so many waiting tokens."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pressd.server.errors import exhausted
+from pressd.server.errors import exhausted, invalid
 
 # What a refused client is told to wait, in seconds: about one short answer.
 RETRY_AFTER = 1.0
@@ -31,7 +31,10 @@ class Ticket:
 
 
 class Admission:
-    """Counts who is inside. Bounds are on requests, running or waiting, and on waiting prompt tokens."""
+    """Counts who is inside. Bounds are on requests, running or waiting, and on waiting prompt tokens.
+
+    A request of several sequences counts as so many requests.
+    """
 
     def __init__(self, *, max_requests: int, max_waiting_tokens: int) -> None:
         self.max_requests = max_requests
@@ -40,14 +43,17 @@ class Admission:
         self.num_waiting_tokens = 0
 
     @contextmanager
-    def enter(self) -> Iterator[Ticket]:
+    def enter(self, num_sequences: int = 1) -> Iterator[Ticket]:
         """Come in for the length of a block; raises Refusal if there is no place."""
-        if self.num_requests >= self.max_requests:
+        if num_sequences > self.max_requests:
+            problem = f"it is {num_sequences}, and this server holds {self.max_requests} sequences of all requests"
+            raise invalid("sampling.num_sequences", problem)
+        if self.num_requests + num_sequences > self.max_requests:
             raise exhausted("QUEUE_FULL", f"{self.num_requests} requests are inside; try again later", RETRY_AFTER)
-        self.num_requests += 1
+        self.num_requests += num_sequences
         ticket = Ticket(self)
         try:
             yield ticket
         finally:
             ticket.begun()
-            self.num_requests -= 1
+            self.num_requests -= num_sequences

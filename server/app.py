@@ -16,9 +16,12 @@ from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined
 from grpc_reflection.v1alpha import reflection
 
 from pressd.runtime.report import EngineInfo
+from pressd.server import measure
 from pressd.server import metrics as m
+from pressd.server.call_metrics import CallMetrics
 from pressd.server.control import ControlServicer
 from pressd.server.door import Door, Phase
+from pressd.server.energy import EnergyMeter
 from pressd.server.engine_client import EngineStartError
 from pressd.server.errors import unavailable
 from pressd.server.interceptors import CallInterceptor
@@ -114,7 +117,8 @@ async def _serve(settings: Settings, announce: Callable[[str], None], factory: s
 async def _listening(door: Door) -> AsyncIterator[tuple[HealthServicer, int]]:
     """A gRPC server for the length of a block; raises StartError if its port is taken."""
     settings = door.settings
-    server = grpc.aio.server(interceptors=[CallInterceptor(door.metrics)], options=CHANNEL_OPTIONS)
+    interceptors = [CallMetrics(door.metrics), CallInterceptor(door.metrics)]
+    server = grpc.aio.server(interceptors=interceptors, options=CHANNEL_OPTIONS)
     health: HealthServicer = health_aio.HealthServicer()
     inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(door), server)
     control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(door), server)
@@ -152,12 +156,14 @@ def _require_free(host: str, port: int) -> None:
 async def _publish(door: Door, health: HealthServicer, announce: Callable[[str], None]) -> None:
     """Keep health and the watchdog's gauge in step with the door, and announce the first readiness."""
     announced = False
+    meter = EnergyMeter()
     while True:
         ready = _status(door.phase is Phase.READY)
         for name in _ready_names(door.settings):
             await health.set(name, ready)
         await health.set("", _status(door.is_alive))
         door.metrics.set(m.WATCHDOG, to=door.step_age())
+        measure.energy(door.metrics, meter)
         if door.phase is Phase.READY and not announced and door.info is not None:
             announce(start_line(door.info))
             announced = True
@@ -169,18 +175,18 @@ async def _publish(door: Door, health: HealthServicer, announce: Callable[[str],
 
 async def _drain(door: Door, signals: "_Signals", timeout: float) -> int:
     """Let live requests finish, then end the rest with a status; a second signal ends at once."""
-    log.info("draining", extra={"live": door.num_live, "timeout_s": timeout})
+    log.info("draining", extra={"live": len(door.live), "timeout_s": timeout})
     door.drain()
-    idle, again = asyncio.ensure_future(door.idle.wait()), asyncio.ensure_future(signals.next())
+    idle, again = asyncio.ensure_future(door.live.idle.wait()), asyncio.ensure_future(signals.next())
     try:
         await asyncio.wait({idle, again}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if again.done():
-            log.warning("told twice; ending at once", extra={"live": door.num_live})
+            log.warning("told twice; ending at once", extra={"live": len(door.live)})
             return 128 + again.result()
         if not idle.done():
-            log.warning("ending live requests", extra={"live": door.num_live})
+            log.warning("ending live requests", extra={"live": len(door.live)})
             message = "the server shut down before the request was done; ask another one"
-            door.fail_all(unavailable("DRAIN_TIMEOUT", message, retry_after=0.0))
+            door.live.fail_all(unavailable("DRAIN_TIMEOUT", message, retry_after=0.0))
             await asyncio.wait({idle}, timeout=ABORT_GRACE)
         return 0
     finally:

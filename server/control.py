@@ -1,5 +1,6 @@
 """Control: what the server and its model are, as messages of pressd.v1."""
 
+import asyncio
 import importlib.metadata
 import time
 from collections.abc import Iterator
@@ -8,17 +9,22 @@ from typing import TYPE_CHECKING, Any
 import grpc.aio
 from google.protobuf.message import Message
 
+from pressd.runtime.params import MAX_BAD_WORDS, MAX_BIAS, MAX_SEQUENCES, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS
 from pressd.runtime.report import EngineInfo
 from pressd.server.asked import MAX_STOP_LENGTH, MAX_STOP_TEXTS
 from pressd.server.door import Door, Phase
+from pressd.server.errors import invalid
 from pressd.server.fields import HONOURED
 from pressd.server.model_card import ModelCard
-from pressd.v1 import control_pb2, model_pb2, sampling_pb2
+from pressd.v1 import control_pb2, load_pb2, model_pb2, sampling_pb2
 
 if TYPE_CHECKING:
     from pressd.runtime.artifact.schemes import Scheme
 
-SCHEMA_REVISION = 1
+SCHEMA_REVISION = 2
+# Bounds on WatchLoad's interval in milliseconds, and on how long a drain may wait in seconds.
+MIN_INTERVAL, MAX_INTERVAL, DEFAULT_INTERVAL = 100, 3_600_000, 1000
+MAX_DRAIN = 86400.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -63,12 +69,42 @@ class ControlServicer:
         self._door.require_model(request.name)
         return describe(self._door)
 
+    async def GetLoad(self, request: load_pb2.GetLoadRequest, context: Context) -> load_pb2.LoadInfo:
+        """Tell how busy the one model is."""
+        self._door.require_model(request.model)
+        return load(self._door)
+
+    async def WatchLoad(self, request: load_pb2.WatchLoadRequest, context: Context) -> None:
+        """Keep telling until the client has enough, or the server ends."""
+        self._door.require_model(request.model)
+        interval = request.interval_ms if request.HasField("interval_ms") else DEFAULT_INTERVAL
+        if not MIN_INTERVAL <= interval <= MAX_INTERVAL:
+            raise invalid("interval_ms", f"it is {interval}; it must be {MIN_INTERVAL} to {MAX_INTERVAL}")
+        while True:
+            await context.write(load(self._door))
+            await asyncio.sleep(interval / 1000)
+
+    async def FlushPrefixCache(
+        self, request: control_pb2.FlushPrefixCacheRequest, context: Context
+    ) -> control_pb2.FlushPrefixCacheResponse:
+        """Forget all cached prefixes."""
+        self._door.require_model(request.model)
+        return control_pb2.FlushPrefixCacheResponse(num_blocks=await self._door.flush_prefix_cache())
+
+    async def Drain(self, request: control_pb2.DrainRequest, context: Context) -> control_pb2.DrainResponse:
+        """Begin what SIGTERM begins."""
+        timeout = request.timeout_seconds if request.HasField("timeout_seconds") else None
+        if timeout is not None and not 0 <= timeout <= MAX_DRAIN:
+            raise invalid("timeout_seconds", f"it is {timeout:g}; it must be 0 to {MAX_DRAIN:g}")
+        self._door.request_drain(timeout)
+        return control_pb2.DrainResponse(num_live=len(self._door.live))
+
     async def _absent(self, request: Message, context: Context) -> None:
         """Never reached: what fields.HONOURED does not list is refused before it gets here."""
         raise AssertionError(request)
 
     # Promised, but not in this build.
-    GetLoad = WatchLoad = LoadModel = UnloadModel = FlushPrefixCache = Drain = _absent
+    LoadModel = UnloadModel = _absent
 
 
 def describe(door: Door) -> model_pb2.Model:
@@ -79,7 +115,7 @@ def describe(door: Door) -> model_pb2.Model:
     info, card = door.info, door.card
     model.version = info.artifact_id
     model.architecture = info.architecture
-    model.limits.CopyFrom(_limits(info, card))
+    model.limits.CopyFrom(_limits(door, info, card))
     model.capabilities.CopyFrom(
         model_pb2.Capabilities(
             request_fields=sorted(HONOURED["Generate"]),
@@ -87,16 +123,39 @@ def describe(door: Door) -> model_pb2.Model:
             chat=door.text is not None and door.text.has_chat_template,
         )
     )
-    model.default_sampling.CopyFrom(
-        sampling_pb2.SamplingParams(temperature=card.sampling.temperature, top_p=card.sampling.top_p)
-    )
+    model.default_sampling.CopyFrom(_default_sampling(card))
     model.eos_token_ids.extend(info.eos_token_ids)
     model.compression.CopyFrom(_compression(info, card))
     model.memory.CopyFrom(_memory(info))
     return model
 
 
-def _limits(info: EngineInfo, card: ModelCard) -> model_pb2.Limits:
+def load(door: Door) -> load_pb2.LoadInfo:
+    """Write how busy the model is."""
+    stats, info = door.stats, door.info
+    num_running = stats.num_running if stats else 0
+    return load_pb2.LoadInfo(
+        num_running=num_running,
+        num_waiting=max(0, door.admission.num_requests - num_running),
+        num_waiting_tokens=door.admission.num_waiting_tokens,
+        kv_usage_ratio=stats.kv_blocks_used / info.kv_blocks if stats and info else 0.0,
+        draining=door.phase is Phase.DRAINING,
+    )
+
+
+def _default_sampling(card: ModelCard) -> sampling_pb2.SamplingParams:
+    sampling = card.sampling
+    return sampling_pb2.SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        typical_p=sampling.typical_p,
+        repetition_penalty=sampling.repetition_penalty,
+    )
+
+
+def _limits(door: Door, info: EngineInfo, card: ModelCard) -> model_pb2.Limits:
     return model_pb2.Limits(
         max_context=info.max_context,
         default_max_new_tokens=card.max_new_tokens,
@@ -105,6 +164,12 @@ def _limits(info: EngineInfo, card: ModelCard) -> model_pb2.Limits:
         max_stop_texts=MAX_STOP_TEXTS,
         max_stop_length=MAX_STOP_LENGTH,
         max_kv_tokens=info.kv_tokens,
+        max_prompt_bytes=door.text.max_bytes(info.max_context) if door.text else None,
+        max_sequences=min(MAX_SEQUENCES, door.admission.max_requests),
+        max_top_logprobs=MAX_TOP_LOGPROBS,
+        max_logit_bias=MAX_BIAS,
+        max_bad_words=MAX_BAD_WORDS,
+        max_stop_token_ids=MAX_STOP_TOKENS,
     )
 
 

@@ -5,16 +5,19 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pressd.runtime.request import TokenLogprobs
+
 # UTF-8 as the tokenizers library decodes it: each maximal malformed run becomes one U+FFFD.
 _Decoder = codecs.getincrementaldecoder("utf-8")
 
 
 @dataclass(slots=True)
 class Piece:
-    """One token and the text it completed (None where text was not asked for)."""
+    """One token, the text it completed (None where text was not asked for), and its log-probability if that was."""
 
     token_id: int
     text: str | None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(slots=True)
@@ -73,12 +76,16 @@ def _borders(text: str) -> list[int]:
 class Detokenizer:
     """The text of one sequence. `bytes_of_token` gives each token's UTF-8 bytes, which need not be whole code points.
 
-    A token is released once its text is decided; what is released adds up to the text before the first stop text.
-    Constant work per token, amortised; a stop text costs one comparison per character.
+    A token is released once its text is decided; what is released adds up to the text before the first stop text, with
+    `include_stop` to the text through it. Constant work per token, amortised; a stop text costs one comparison per
+    character.
     """
 
-    def __init__(self, bytes_of_token: Mapping[int, bytes], stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, bytes_of_token: Mapping[int, bytes], stops: Sequence[str] = (), *, include_stop: bool = False
+    ) -> None:
         self._bytes = bytes_of_token
+        self._include_stop = include_stop
         self._decoder = _Decoder(errors="replace")
         self._matcher = StopMatcher(stops) if stops else None
         self._held: deque[_Held] = deque()
@@ -86,10 +93,13 @@ class Detokenizer:
         self._num_open = 0  # tokens at the end with bytes of a code point that is not complete
         self.matched: str | None = None
 
-    def push(self, token_ids: Sequence[int]) -> list[Piece]:
-        """Take new tokens and return those that are decided now. After a match everything is discarded."""
+    def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None] = ()) -> list[Piece]:
+        """Take new tokens, with or without log-probabilities, and return those that are decided now.
+
+        After a match everything is discarded.
+        """
         released: list[Piece] = []
-        for token_id in token_ids:
+        for token_id, logprob in zip(token_ids, logprobs or [None] * len(token_ids), strict=True):
             if self.matched is not None:
                 break
             data = self._bytes.get(token_id, b"")
@@ -97,7 +107,7 @@ class Detokenizer:
             if text:  # its first character is the one that open tokens began
                 for index in range(1, self._num_open + 1):
                     self._held[-index].needs = self._length + 1
-            self._held.append(_Held(Piece(token_id, ""), self._length, self._length))
+            self._held.append(_Held(Piece(token_id, "", logprob), self._length, self._length))
             self._append(text)
             if self.matched is None:
                 num_pending = len(self._decoder.getstate()[0])
@@ -123,7 +133,7 @@ class Detokenizer:
         last.end = last.needs = self._length
         if self._matcher is not None and (match := self._matcher.feed(text)):
             self.matched, num_read = match
-            self._cut(start + num_read - len(self.matched))
+            self._cut(start + num_read - (0 if self._include_stop else len(self.matched)))
 
     def _cut(self, end: int) -> None:
         """Drop all text from `end` on, and the tokens that begin there."""
@@ -138,7 +148,8 @@ class Detokenizer:
         self._matcher = None
 
     def _release(self) -> list[Piece]:
-        decided = self._length - (self._matcher.num_undecided if self._matcher else 0)
+        holds_back = self._matcher is not None and not self._include_stop
+        decided = self._length - (self._matcher.num_undecided if self._matcher and holds_back else 0)
         released = []
         while len(self._held) > self._num_open and self._held[0].needs <= decided:
             released.append(self._held.popleft().piece)

@@ -8,20 +8,22 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TypeVar
 
 from pressd.runtime.report import EngineInfo, StepStats
 from pressd.server import measure, wire
 from pressd.server import metrics as m
-from pressd.server.admission import Admission, Ticket
-from pressd.server.asked import Asked, ChatPrompt, TextPrompt, TokenPrompt, engine_refusal, engine_request
-from pressd.server.detokenize import Detokenizer
-from pressd.server.engine_client import EngineClient, EngineCommand
-from pressd.server.errors import Refusal, duplicate_id, invalid, not_found, unavailable
+from pressd.server.admission import Admission
+from pressd.server.asked import Asked, engine_refusal, engine_request
+from pressd.server.engine_client import EngineClient, EngineCommand, EngineGone
+from pressd.server.errors import invalid, not_found, unavailable
 from pressd.server.generation import Generation
+from pressd.server.live import Live
 from pressd.server.model_card import ModelCard, read_card
+from pressd.server.prompts import Prepared, bad_words_of, bytes_of_token, prompt_of
 from pressd.server.settings import Settings
-from pressd.server.text import ChatError, Encoding, Text
+from pressd.server.text import Text
 
 log = logging.getLogger("pressd.door")
 T = TypeVar("T")
@@ -50,8 +52,9 @@ class Door:
         self.settings = settings
         self.metrics = metrics
         self.changed = asyncio.Event()
-        self.idle = asyncio.Event()
-        self.idle.set()
+        self.drain_requested = asyncio.Event()
+        self.drain_timeout: float | None = None  # seconds; None: as the settings say
+        self.live = Live()
         self.info: EngineInfo | None = None
         self.card: ModelCard | None = None
         self.text: Text | None = None
@@ -60,15 +63,13 @@ class Door:
         self.admission = Admission(
             max_requests=settings.max_batch + settings.max_queue_requests, max_waiting_tokens=settings.max_queue_tokens
         )
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="text")
+        self._thread = ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
         self._engine_up = False
         self._draining = False
         self._retry_after = STARTING_RETRY_AFTER
         self._stats: StepStats | None = None
         self._last_report = time.monotonic()
         self._numbers = itertools.count()
-        self._by_engine_id: dict[str, tuple[Generation, Ticket]] = {}
-        self._by_request_id: dict[str, Generation] = {}
         measure.begin(metrics)
 
     @property
@@ -85,14 +86,9 @@ class Door:
         """False when only a new process can help: the engine cannot be started, or hangs in a step."""
         return self.engine.num_failed_starts < MAX_FAILED_STARTS and self.step_age() < STEP_WATCHDOG
 
-    @property
-    def num_live(self) -> int:
-        """Requests whose client still waits for something."""
-        return len(self._by_engine_id)
-
     def step_age(self) -> float:
         """Seconds since the engine's last report, 0 while nothing is asked of it."""
-        return time.monotonic() - self._last_report if self._by_engine_id else 0.0
+        return time.monotonic() - self._last_report if self.live else 0.0
 
     def require_ready(self) -> tuple[EngineInfo, ModelCard]:
         """Return what is served; raises Refusal while nothing is taken."""
@@ -103,6 +99,11 @@ class Door:
         if self.info is None or self.card is None:
             raise unavailable("STARTING", "the model is being loaded", self._retry_after)
         return self.info, self.card
+
+    @property
+    def stats(self) -> StepStats | None:
+        """What the engine last said it holds; None while it is down."""
+        return self._stats if self._engine_up else None
 
     @property
     def version(self) -> str:
@@ -122,7 +123,7 @@ class Door:
         return self.text
 
     async def in_thread(self, function: Callable[[], T]) -> T:
-        """Run slow work on text beside the event loop, one piece at a time."""
+        """Run slow work on text beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def run(self) -> None:
@@ -145,52 +146,60 @@ class Door:
         self._describe()
 
     @asynccontextmanager
-    async def generation(self, asked: Asked, arrival: float) -> AsyncIterator[Generation]:
+    async def generation(self, asked: Asked, arrival: float) -> AsyncIterator[tuple[Generation, Prepared]]:
         """Queue a request for the length of a block; leaving the block frees all it holds. Raises Refusal."""
         self.require_ready()
         self.require_model(asked.model)
-        if asked.request_id in self._by_request_id:
-            raise duplicate_id(asked.request_id)
-        with self.admission.enter() as ticket:
-            ids = await self._encode(asked.prompt)
+        self.live.require_free(asked.request_id)
+        with self.admission.enter(asked.num_sequences) as ticket:
+            table = bytes_of_token(asked, self.text)
+            prompt = await prompt_of(self, asked)
+            bad_words = await bad_words_of(self, asked.bad_words)
             info, card = self.require_ready()  # tokenising took a while
-            if asked.request_id in self._by_request_id:
-                raise duplicate_id(asked.request_id)
+            self.live.require_free(asked.request_id)
             engine_id = str(next(self._numbers))
-            request = engine_request(asked, ids, info=info, card=card, engine_id=engine_id, arrival=arrival)
+            request = engine_request(
+                asked, prompt.ids, bad_words=bad_words, info=info, card=card, engine_id=engine_id, arrival=arrival
+            )
             generation = Generation(
-                request_id=asked.request_id,
+                asked,
                 engine_id=engine_id,
-                prompt_field=asked.prompt.field,
-                num_prompt_tokens=len(ids),
+                prompt_token_ids=prompt.ids,
                 seed=request.sampling.seed,
                 arrival=arrival,
-                detokenizer=self._detokenizer(asked),
+                bytes_of_token=table,
+                abort=partial(self.engine.abort, engine_id),
             )
-            ticket.wait_with(len(ids))
-            self._enter(generation, ticket)
-            try:
-                self.engine.submit(request)
-                yield generation
-            finally:
-                self._leave(generation)
+            ticket.wait_with(len(prompt.ids))
+            if not self.live:
+                self._last_report = time.monotonic()
+            with self.live.hold(generation, ticket):
+                try:
+                    self.engine.submit(request)
+                    yield generation, prompt
+                finally:
+                    if not generation.engine_is_done:
+                        self.engine.abort(engine_id)
+                    measure.closed(self.metrics, generation)
+
+    def request_drain(self, timeout: float | None) -> None:
+        """Have the server end as SIGTERM would, after at most so many seconds; None: as the settings say."""
+        self.drain_timeout = timeout
+        self.drain_requested.set()
+        self.drain()
 
     def drain(self) -> None:
-        """Take nothing new from now on; `idle` is set when the last request has left."""
+        """Take nothing new from now on; `live.idle` is set when the last request has left."""
         self._draining = True
         self.changed.set()
 
-    def cancel(self, request_id: str) -> bool:
-        """End a live request with what exists; False if there is none of that name."""
-        generation = self._by_request_id.get(request_id)
-        if generation is not None:
-            generation.cancel()
-        return generation is not None
-
-    def fail_all(self, refusal: Refusal) -> None:
-        """End all live requests with a status."""
-        for generation, _ in self._by_engine_id.values():
-            generation.fail(refusal)
+    async def flush_prefix_cache(self) -> int:
+        """Have the engine forget cached prefixes; return how many blocks held nothing else. Raises Refusal."""
+        self.require_ready()
+        try:
+            return await self.engine.flush_prefix_cache()
+        except EngineGone:
+            raise unavailable("ENGINE_DOWN", "the engine died before it answered", self._retry_after) from None
 
     def engine_ready(self, info: EngineInfo) -> None:
         """The engine takes requests."""
@@ -210,24 +219,27 @@ class Door:
         measure.gauges(self.metrics, report.step.stats, self.info)
         self._stats = report.step.stats
         for output in report.step.outputs:
-            generation, ticket = self._by_engine_id.get(output.request_id, (None, None))
-            if generation is None or ticket is None:
+            held = self.live.of_engine(output.request_id)
+            if held is None:
                 continue  # it left while the step ran
+            generation, ticket = held
             ticket.begun()
             if output.token_ids:
-                measure.tokens(self.metrics, generation, len(output.token_ids), now)
+                strand = generation.strands[output.index]
+                measure.tokens(self.metrics, generation, strand, len(output.token_ids), now)
             generation.push(output, now)
         for rejection in report.rejections:
-            generation, _ = self._by_engine_id.get(rejection.request_id, (None, None))
-            if generation is not None:
-                generation.fail(engine_refusal(rejection.field, rejection.message, generation.prompt_field))
+            held = self.live.of_engine(rejection.request_id)
+            if held is not None:
+                field = held[0].asked.prompt.field
+                held[0].fail(engine_refusal(rejection.field, rejection.message, field))
 
     def engine_down(self, cause: str, retry_after: float) -> None:
         """The engine died: so do its requests, and nothing is taken until it is back."""
         self._engine_up = False
         self._retry_after = retry_after + (sum(self.info.load_seconds.values()) if self.info else 0.0)
-        self.fail_all(unavailable("ENGINE_DOWN", f"the engine died: {cause}", self._retry_after))
-        for series in (m.RUNNING, m.WAITING, m.KV_USAGE, m.KV_BLOCKS, m.KV_USED):
+        self.live.fail_all(unavailable("ENGINE_DOWN", f"the engine died: {cause}", self._retry_after))
+        for series in (m.RUNNING, m.WAITING, m.SWAPPED, m.KV_USAGE, m.KV_BLOCKS, m.KV_USED):
             self.metrics.forget(series)
         self.changed.set()
 
@@ -235,41 +247,3 @@ class Door:
         if self._engine_up and self.info is not None and self.card is not None:
             measure.model(self.metrics, self.info, self.card)
         self.changed.set()
-
-    async def _encode(self, prompt: TextPrompt | TokenPrompt | ChatPrompt) -> tuple[int, ...]:
-        if isinstance(prompt, TokenPrompt):
-            return prompt.ids
-        encoding = await self.encode(prompt)
-        return encoding.ids
-
-    async def encode(self, prompt: TextPrompt | ChatPrompt, *, add_special_tokens: bool = True) -> Encoding:
-        """Tokenise a text, or a conversation by the model's template; raises Refusal."""
-        text = self.require_text(prompt.field)
-        if isinstance(prompt, TextPrompt):
-            return await self.in_thread(lambda: text.encode(prompt.text, add_special_tokens=add_special_tokens))
-        try:
-            return await self.in_thread(lambda: text.encode_chat(prompt.messages))
-        except ChatError as error:
-            raise invalid(prompt.field, str(error)) from None
-
-    def _detokenizer(self, asked: Asked) -> Detokenizer | None:
-        if not asked.want_text and not asked.stop:
-            return None
-        text = self.require_text("output.text" if asked.want_text else "stopping.stop")
-        return Detokenizer(text.bytes_of_token, asked.stop)
-
-    def _enter(self, generation: Generation, ticket: Ticket) -> None:
-        if not self._by_engine_id:
-            self._last_report = time.monotonic()
-        self._by_engine_id[generation.engine_id] = generation, ticket
-        self._by_request_id[generation.request_id] = generation
-        self.idle.clear()
-
-    def _leave(self, generation: Generation) -> None:
-        del self._by_engine_id[generation.engine_id]
-        del self._by_request_id[generation.request_id]
-        if not generation.engine_is_done:
-            self.engine.abort(generation.engine_id)
-        measure.closed(self.metrics, generation)
-        if not self._by_engine_id:
-            self.idle.set()

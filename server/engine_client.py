@@ -1,12 +1,14 @@
 """The door's end of the engine: spawns its process, talks to it, restarts it when it dies."""
 
 import asyncio
+import itertools
 import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -34,6 +36,10 @@ class EngineStartError(Exception):
     """The engine could not be started at all; the message is one line for the user."""
 
 
+class EngineGone(Exception):
+    """The engine died before it answered."""
+
+
 class EngineEvents(Protocol):
     """Who hears about the engine. Called on the event loop; must not block."""
 
@@ -59,7 +65,9 @@ class EngineClient:
         self._events = events
         self._socket: zmq.asyncio.Socket | None = None
         self._adds: list[Request] = []
-        self._aborts: list[str] = []
+        self._aborts: list[wire.Abort] = []
+        self._flushes: list[asyncio.Future[int]] = []  # to go out with the next message
+        self._flushes_sent: deque[list[asyncio.Future[int]]] = deque()
         self._ready = False
         self.num_starts = 0
         self.num_failed_starts = 0  # since the last that did not fail
@@ -67,14 +75,22 @@ class EngineClient:
     def submit(self, request: Request) -> None:
         """Send a request with the next message. The engine must be ready."""
         assert self._ready
-        self._schedule_flush()
+        self._schedule_send()
         self._adds.append(request)
 
-    def abort(self, request_id: str) -> None:
-        """Stop a request; of a dead engine there is nothing to stop."""
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Stop a request, or one of its sequences; of a dead engine there is nothing to stop."""
         if self._ready:
-            self._schedule_flush()
-            self._aborts.append(request_id)
+            self._schedule_send()
+            self._aborts.append(wire.Abort(request_id, index))
+
+    async def flush_prefix_cache(self) -> int:
+        """Have cached prefixes forgotten; return the number of blocks that held nothing else. Raises EngineGone."""
+        if not self._ready:
+            raise EngineGone
+        self._schedule_send()
+        self._flushes.append(asyncio.get_running_loop().create_future())
+        return await self._flushes[-1]
 
     async def run(self) -> None:
         """Keep an engine running until cancelled; raises EngineStartError if the first one does not start."""
@@ -116,6 +132,7 @@ class EngineClient:
             self._socket = None
             self._adds.clear()
             self._aborts.clear()
+            self._refuse_flushes()
             listening.cancel()
             socket.close()
             context.term()
@@ -133,20 +150,38 @@ class EngineClient:
                     self._events.engine_ready(info)
                 case wire.Stepped() as report:
                     self._events.engine_stepped(report)
+                    for num_blocks in report.flushed:
+                        for waiter in self._flushes_sent.popleft():
+                            if not waiter.done():  # else its caller has left
+                                waiter.set_result(num_blocks)
                     await asyncio.sleep(0)  # recv does not let others run while more reports are there
                 case wire.Failed(message=message):
                     return message
 
-    def _schedule_flush(self) -> None:
-        """One message for all commands of this turn of the event loop."""
-        if not self._adds and not self._aborts:
-            asyncio.get_running_loop().call_soon(self._flush)
+    def _refuse_flushes(self) -> None:
+        for waiter in itertools.chain(self._flushes, *self._flushes_sent):
+            if not waiter.done():
+                waiter.set_exception(EngineGone())
+        self._flushes.clear()
+        self._flushes_sent.clear()
 
-    def _flush(self) -> None:
-        if self._socket is not None and (self._adds or self._aborts):
-            commands = wire.Commands(adds=tuple(self._adds), aborts=tuple(self._aborts))
+    @property
+    def _has_commands(self) -> bool:
+        return bool(self._adds or self._aborts or self._flushes)
+
+    def _schedule_send(self) -> None:
+        """One message for all commands of this turn of the event loop."""
+        if not self._has_commands:
+            asyncio.get_running_loop().call_soon(self._send)
+
+    def _send(self) -> None:
+        if self._socket is not None and self._has_commands:
+            commands = wire.Commands(adds=tuple(self._adds), aborts=tuple(self._aborts), flush=bool(self._flushes))
             self._adds.clear()
             self._aborts.clear()
+            if self._flushes:
+                self._flushes_sent.append(self._flushes)
+                self._flushes = []
             self._socket.send(wire.encode(commands))
 
 

@@ -26,7 +26,8 @@ class EngineLike(Protocol):
     @property
     def has_work(self) -> bool: ...
     def add(self, request: Request) -> None: ...
-    def abort(self, request_id: str) -> bool: ...
+    def abort(self, request_id: str, index: int | None = None) -> bool: ...
+    def flush_prefix_cache(self) -> int: ...
     def step(self) -> StepResult: ...
     def stats(self) -> StepStats: ...
 
@@ -69,9 +70,11 @@ def main(arguments: list[str]) -> int:
 
 def _run(engine: EngineLike, socket: "zmq.Socket[bytes]") -> None:
     while True:
-        rejections = tuple(_obey(engine, _receive(socket, wait=not engine.has_work)))
+        batches = tuple(_receive(socket, wait=not engine.has_work))
+        rejections = tuple(_obey(engine, batches))
+        flushed = tuple(engine.flush_prefix_cache() for commands in batches if commands.flush)
         step = engine.step() if engine.has_work else StepResult(outputs=(), stats=engine.stats())
-        socket.send(wire.encode(wire.Stepped(step=step, rejections=rejections)))
+        socket.send(wire.encode(wire.Stepped(step=step, rejections=rejections, flushed=flushed)))
 
 
 def _receive(socket: "zmq.Socket[bytes]", *, wait: bool) -> Iterable[wire.Commands]:
@@ -90,8 +93,8 @@ def _obey(engine: EngineLike, batches: Iterable[wire.Commands]) -> Iterable[wire
             except ValueError as error:
                 field = getattr(error, "field", "request_id")
                 yield wire.Rejection(request_id=request.request_id, field=field, message=str(error))
-        for request_id in commands.aborts:
-            engine.abort(request_id)
+        for abort in commands.aborts:
+            engine.abort(abort.request_id, abort.index)
 
 
 def _factory(name: str) -> EngineFactory:

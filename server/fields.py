@@ -9,35 +9,86 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from pressd.server.errors import unsupported
 
+# A value of any shape: one leaf.
+_STRUCT = "google.protobuf.Struct"
+
+_CHAT = {
+    "chat.messages.role",
+    "chat.messages.content",
+    "chat.messages.reasoning",
+    "chat.messages.tool_calls.id",
+    "chat.messages.tool_calls.name",
+    "chat.messages.tool_calls.arguments",
+    "chat.messages.tool_call_id",
+    "chat.messages.name",
+    "chat.tools.name",
+    "chat.tools.description",
+    "chat.tools.parameters",
+    "chat.add_generation_prompt",
+    "chat.template_arguments",
+}
 # Paths of leaf fields, by method. A field that is added to the promise is refused until it is listed here.
 HONOURED: dict[str, frozenset[str]] = {
     "Generate": frozenset(
         {
-            "request_id",
-            "model",
-            "prompt",
-            "token_ids.ids",
-            "chat.messages.role",
-            "chat.messages.content",
+            *("request_id", "model", "prompt", "token_ids.ids"),
+            *_CHAT,
             "sampling.temperature",
             "sampling.top_p",
+            "sampling.top_k",
+            "sampling.min_p",
+            "sampling.typical_p",
+            "sampling.repetition_penalty",
+            "sampling.presence_penalty",
+            "sampling.frequency_penalty",
             "sampling.seed",
+            "sampling.num_sequences",
+            "sampling.logit_bias",
+            "sampling.allowed_token_ids",
+            "sampling.bad_words",
             "stopping.max_new_tokens",
+            "stopping.min_new_tokens",
             "stopping.stop",
             "stopping.stop_token_ids",
+            "stopping.include_stop",
             "stopping.ignore_eos",
             "output.text",
             "output.token_ids",
+            "output.logprobs",
+            "output.top_logprobs",
+            "output.prompt_logprobs",
+            "output.echo_prompt",
+            "output.skip_special_tokens",
+            "output.stream_min_tokens",
+            "output.stream_max_delay_ms",
+            "constraint.json_schema",
+            "constraint.json_object",
+            "constraint.regex",
+            "constraint.ebnf",
+            "constraint.choice.texts",
+            # Of these three only values that ask for what this build does; translate.py refuses the others.
+            "runtime.early_exit.mode",
+            "runtime.speculation.mode",
+            "runtime.exactness",
+            "runtime.bypass_prefix_cache",
+            "runtime.cache_salt",
+            "scheduling.priority",
+            "scheduling.queue_timeout_ms",
+            "scheduling.time_budget_ms",
+            "scheduling.max_prompt_tokens",
         }
     ),
-    "Tokenize": frozenset(
-        {"model", "text", "chat.messages.role", "chat.messages.content", "add_special_tokens", "offsets"}
-    ),
+    "Tokenize": frozenset({"model", "text", *_CHAT, "add_special_tokens", "offsets"}),
     "Detokenize": frozenset({"model", "ids", "skip_special_tokens"}),
+    "Score": frozenset({"model", "text", "token_ids.ids", "top_logprobs"}),
     "Cancel": frozenset({"request_id"}),
     "GetModel": frozenset({"name"}),
     "GetServerInfo": frozenset(),
     "ListModels": frozenset(),
+    "GetLoad": frozenset({"model"}),
+    "WatchLoad": frozenset({"model", "interval_ms"}),
+    "FlushPrefixCache": frozenset({"model"}),
+    "Drain": frozenset({"timeout_seconds"}),
 }
 HONOURED["GenerateStream"] = HONOURED["Generate"]
 
@@ -58,8 +109,9 @@ def _leaves(message: Message, path: str, written: str) -> Iterator[tuple[str, st
         yield f"{path}?", f"{written}{unknown.field_number} of {message.DESCRIPTOR.full_name}"
     for field, value in message.ListFields():
         inner, shown = f"{path}{field.name}", f"{written}{field.name}"
-        is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
-        if field.type != FieldDescriptor.TYPE_MESSAGE or is_map:
+        inner_type = field.message_type
+        is_whole = inner_type is not None and (inner_type.GetOptions().map_entry or inner_type.full_name == _STRUCT)
+        if field.type != FieldDescriptor.TYPE_MESSAGE or is_whole:
             yield inner, shown
         elif field.is_repeated:
             for index, item in enumerate(value):

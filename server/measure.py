@@ -1,17 +1,27 @@
 """What happens, turned into metrics: one function for each kind of event."""
 
 import importlib.metadata
+from collections import Counter
 
-from pressd.runtime.report import EngineInfo, StepStats
+from pressd.runtime.report import EngineInfo, KernelChoice, StepStats
 from pressd.server import metrics as m
+from pressd.server.energy import EnergyMeter
 from pressd.server.generation import Generation
 from pressd.server.model_card import ModelCard
+from pressd.server.strand import Strand
+
+# The methods that make a request for the engine.
+GENERATING = ("Generate", "GenerateStream", "Score")
 
 REJECTIONS = {
     "QUEUE_FULL": "queue_full",
     "KV_CAPACITY": "kv_capacity",
     "PROMPT_TOO_LONG": "too_long",
     "DRAINING": "draining",
+    "QUEUE_TIMEOUT": "queue_timeout",
+    "TOKEN": "auth",
+    "NOT_ADMIN": "auth",
+    "ADMIN_DISABLED": "auth",
 }
 
 # Totals of the engine's reports, and the counters that follow them.
@@ -23,12 +33,22 @@ TOTALS = {
     "evicted_blocks": m.PREFIX_EVICTED,
 }
 
+# What kernels are made with, by the first word of their names; all of today's are programs of PyTorch's operators.
+TOOLS = {"cpu": "torch", "triton": "triton", "cuda": "cuda"}
+# How steps are launched: nothing is captured into graphs in this build.
+LAUNCH = "eager"
+
 
 def begin(metrics: m.Metrics) -> None:
     """Show at zero what can only grow, so that rates exist from the first event on."""
     metrics.set(m.BUILD, importlib.metadata.version("pressd"), to=1)
-    for series in (m.RESTARTS, m.PROMPT_TOKENS, m.GENERATED_TOKENS, *TOTALS.values()):
+    growing = (m.RESTARTS, m.PROMPT_TOKENS, m.GENERATED_TOKENS, m.MESSAGES, m.COALESCED)
+    for series in (*growing, *TOTALS.values()):
         metrics.add(series, by=0)
+    for series in m.SERIES:
+        if series.kind == "histogram" and series.labels == ("model",):
+            metrics.observe(series, 0.0, times=0)
+    metrics.add(m.STEPS, LAUNCH, by=0)
     metrics.add(m.NUMERIC_ERRORS, "nan_logits", by=0)
     for reason in REJECTIONS.values():
         metrics.add(m.REJECTED, reason, by=0)
@@ -38,8 +58,19 @@ def begin(metrics: m.Metrics) -> None:
 
 def model(metrics: m.Metrics, info: EngineInfo, card: ModelCard) -> None:
     """The model is loaded."""
+    layers = Counter[tuple[str, str]]()
+    for choice in info.kernels:
+        layers[choice.op, implementation(choice)] += choice.layers
+    metrics.loaded = m.Loaded(cache_source="gpu" if info.device.startswith("cuda") else "host", layers=layers)
+    metrics.add(m.CACHED_TOKENS, metrics.loaded.cache_source, by=0)
+    for labels in layers:
+        metrics.add(m.DISPATCHES, *labels, by=0)
+    metrics.set(m.MEMORY, info.device, "weights", to=info.weights_bytes)
+    metrics.set(m.MEMORY, info.device, "kv", to=info.kv_bytes)
+    metrics.set(m.CACHE_CONFIG, str(info.block_size), str(info.kv_blocks), to=1)
     metrics.set(m.WEIGHTS, info.device, card.format, to=info.weights_bytes)
     metrics.set(m.DENSE, to=info.dense_bytes)
+    metrics.set(m.UNFUSED, to=info.unfused_groups)
     metrics.set(m.KV_CAPACITY, info.kv_dtype, to=info.kv_bytes)
     metrics.set(m.KV_BLOCK_TOKENS, info.kv_dtype, to=info.block_size)
     for stage, seconds in info.load_seconds.items():
@@ -47,12 +78,29 @@ def model(metrics: m.Metrics, info: EngineInfo, card: ModelCard) -> None:
     for name, series in (("kl_mean", m.FIDELITY_KL), ("top1_agreement", m.FIDELITY_TOP1)):
         if name in card.quality:
             metrics.set(series, "artifact", to=card.quality[name])
-    # Labels of what this build cannot press yet (sparsity, rank) stay empty.
     kernels = "+".join(sorted({choice.implementation for choice in info.kernels}))
-    scheme = card.schemes[0] if len(card.schemes) == 1 else None
-    bits, group_size = (str(scheme.bits), str(scheme.group_size or "")) if scheme else ("", "")
     metrics.forget(m.MODEL)
-    metrics.set(m.MODEL, card.format, bits, group_size, "", "", info.artifact_id, kernels, to=1)
+    metrics.set(m.MODEL, card.format, *_scheme_labels(card), info.artifact_id, kernels, to=1)
+
+
+def implementation(choice: KernelChoice) -> str:
+    """Say what a kernel is made with, or that it is a fallback: a reference where the weights are compressed.
+
+    For dense weights the reference is the library's own product, to which nothing fell back. A name that begins with no
+    tool's stands for itself.
+    """
+    if choice.implementation == "reference":
+        return "torch" if choice.storage == "dense" else "fallback"
+    return TOOLS.get(choice.implementation.partition("-")[0], choice.implementation)
+
+
+def _scheme_labels(card: ModelCard) -> tuple[str, str, str, str]:
+    """Bits, group size, sparsity and rank of the one scheme of all groups; what there is not stays empty."""
+    if len(card.schemes) != 1:
+        return ("", "", "", "")
+    scheme = card.schemes[0]
+    sparsity = "0.5" if scheme.sparse24 else ""
+    return (str(scheme.bits), str(scheme.group_size or ""), sparsity, str(scheme.rank or ""))
 
 
 def gauges(metrics: m.Metrics, stats: StepStats, info: EngineInfo) -> None:
@@ -78,15 +126,32 @@ def step(metrics: m.Metrics, stats: StepStats, before: StepStats | None) -> None
         metrics.observe(m.STEP_TIME, stats.seconds, kind)
         metrics.observe(m.STEP_TOKENS, stats.num_prefill_tokens + stats.num_decode_tokens)
         metrics.observe(m.BATCH_SIZE, stats.num_rows)
+        metrics.add(m.STEPS, LAUNCH)
+        assert metrics.loaded is not None  # nothing runs before
+        for labels, num_layers in metrics.loaded.layers.items():
+            metrics.add(m.DISPATCHES, *labels, by=num_layers)
 
 
-def tokens(metrics: m.Metrics, generation: Generation, num_tokens: int, now: float) -> None:
-    """The engine made tokens of a request, which does not know of them yet."""
+def tokens(metrics: m.Metrics, generation: Generation, strand: Strand, num_tokens: int, now: float) -> None:
+    """The engine made tokens of a sequence, which does not know of them yet."""
     metrics.add(m.GENERATED_TOKENS, by=num_tokens)
-    if generation.last_token_at:
-        metrics.observe(m.INTER_TOKEN, (now - generation.last_token_at) / num_tokens, times=num_tokens)
-    else:
+    if not (generation.is_open and strand.is_open):
+        return  # they came too late to be anybody's
+    if strand.last_token_at:
+        metrics.observe(m.INTER_TOKEN, (now - strand.last_token_at) / num_tokens, times=num_tokens)
+        return
+    if num_tokens > 1:
+        metrics.observe(m.INTER_TOKEN, 0.0, times=num_tokens - 1)
+    if not generation.first_token_at:
         metrics.add(m.PROMPT_TOKENS, by=generation.num_prompt_tokens)
+
+
+def written(metrics: m.Metrics, *, num_tokens: int, seconds: float) -> None:
+    """Transport took a message of a stream, with so many tokens, after so long."""
+    metrics.add(m.MESSAGES)
+    metrics.observe(m.WRITE_STALL, seconds)
+    if num_tokens > 1:
+        metrics.add(m.COALESCED, by=num_tokens - 1)
 
 
 def closed(metrics: m.Metrics, generation: Generation) -> None:
@@ -100,11 +165,13 @@ def closed(metrics: m.Metrics, generation: Generation) -> None:
     if generation.first_token_at:
         metrics.observe(m.PREFILL_TIME, generation.first_token_at - generation.scheduled_at)
         metrics.observe(m.DECODE_TIME, generation.last_token_at - generation.first_token_at)
+        assert metrics.loaded is not None  # nothing runs before
+        metrics.add(m.CACHED_TOKENS, metrics.loaded.cache_source, by=generation.num_cached_tokens)
     if generation.first_sent_at:
         metrics.observe(m.FIRST_TOKEN, generation.first_sent_at - generation.arrival)
-    if generation.num_computed > 1:
-        gaps = generation.num_computed - 1
-        metrics.observe(m.PER_TOKEN, (generation.last_token_at - generation.first_token_at) / gaps)
+    for strand in generation.strands:
+        if strand.num_computed > 1:
+            metrics.observe(m.PER_TOKEN, (strand.last_token_at - strand.first_token_at) / (strand.num_computed - 1))
 
 
 def call(metrics: m.Metrics, method: str, code: str, *, reason: str, finish_reason: str, seconds: float) -> None:
@@ -112,5 +179,14 @@ def call(metrics: m.Metrics, method: str, code: str, *, reason: str, finish_reas
     metrics.add(m.REQUESTS, method, code, finish_reason)
     if reason in REJECTIONS:
         metrics.add(m.REJECTED, REJECTIONS[reason])
-    if method in ("Generate", "GenerateStream"):
+    if method in GENERATING:
         metrics.observe(m.REQUEST_DURATION, seconds, code)
+
+
+def energy(metrics: m.Metrics, meter: EnergyMeter) -> None:
+    """Some time has passed since the meter was last read."""
+    joules = meter.read()
+    if joules is None:
+        metrics.forget(m.ENERGY)
+    else:
+        metrics.add(m.ENERGY, "package", by=joules)

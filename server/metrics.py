@@ -1,7 +1,7 @@
 """Every series this server exports, named in one place; their values, and the HTTP port that shows them."""
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -25,13 +25,14 @@ STEP = tuple(float(2**power) for power in range(14))
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Series:
-    """One metric. The label `model`, if it is the first, is filled in by Metrics."""
+    """One metric. The label `model`, if it is the first, is filled in by Metrics; `prefix` goes before the name."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     help: str
     labels: tuple[str, ...] = ("model",)
     buckets: tuple[float, ...] = ()
+    prefix: str = "pressd_"
 
 
 REQUESTS = Series("requests", "counter", "Calls by their end", ("model", "method", "code", "finish_reason"))
@@ -51,16 +52,28 @@ FIRST_TOKEN = Series(
     "time_to_first_token_seconds", "histogram", "Arrival to the first token handed to transport", buckets=TTFT
 )
 PER_TOKEN = Series(
-    "time_per_output_token_seconds", "histogram", "Mean gap between the tokens of a request", buckets=TPOT
+    "time_per_output_token_seconds", "histogram", "Mean gap between the tokens of a sequence", buckets=TPOT
 )
 INTER_TOKEN = Series("inter_token_latency_seconds", "histogram", "Gap before each token but the first", buckets=TPOT)
+WRITE_STALL = Series(
+    "stream_write_stall_seconds", "histogram", "Time until transport took a message of a stream", buckets=DURATION
+)
+MESSAGES = Series("stream_messages", "counter", "Messages written to streams of a generation")
+COALESCED = Series("stream_coalesced_tokens", "counter", "Tokens that came in the message of an earlier one")
 PROMPT_TOKENS = Series("prompt_tokens", "counter", "Prompt tokens of requests that got a first token")
+CACHED_TOKENS = Series(
+    "cached_prompt_tokens", "counter", "Of those, tokens found in the prefix cache", ("model", "source")
+)
 GENERATED_TOKENS = Series("generated_tokens", "counter", "Tokens the engine made")
 REQUEST_PROMPT = Series("request_prompt_tokens", "histogram", "Prompt tokens of a request", buckets=TOKENS)
 REQUEST_GENERATED = Series("request_generated_tokens", "histogram", "Tokens sent for a request", buckets=TOKENS)
 STEP_TIME = Series("engine_step_seconds", "histogram", "Time of a step", ("model", "kind"), TPOT)
 STEP_TOKENS = Series("engine_step_tokens", "histogram", "Tokens computed in a step", buckets=STEP)
-BATCH_SIZE = Series("engine_batch_size", "histogram", "Requests computed in a step", buckets=STEP)
+BATCH_SIZE = Series("engine_batch_size", "histogram", "Sequences computed in a step", buckets=STEP)
+STEPS = Series("engine_steps", "counter", "Steps by the way they were launched", ("model", "graph"))
+DISPATCHES = Series(
+    "kernel_dispatch", "counter", "Layers that steps went through, once each, by what computes them", ("op", "impl")
+)
 KV_USAGE = Series("kv_cache_usage_ratio", "gauge", "Share of KV blocks in use")
 KV_BLOCKS = Series("kv_cache_blocks", "gauge", "KV blocks by state", ("model", "dtype", "state"))
 KV_BLOCK_TOKENS = Series("kv_cache_block_tokens", "gauge", "Tokens of a KV block", ("model", "dtype"))
@@ -72,10 +85,14 @@ PREFIX_EVICTED = Series("prefix_cache_evicted_blocks", "counter", "Cached blocks
 KV_GATHERS = Series("kv_gathers", "counter", "Times scattered KV blocks had to be copied")
 WEIGHTS = Series("model_weights_bytes", "gauge", "Memory of the weights", ("model", "device", "format"))
 DENSE = Series("model_weights_dense_equivalent_bytes", "gauge", "The same weights in the source's precision")
+UNFUSED = Series("unfused_groups", "gauge", "Fused groups whose members could not become one matrix")
+MEMORY = Series("memory_bytes", "gauge", "Memory that the engine set aside", ("device", "kind"))
 LOAD_TIME = Series("model_load_seconds", "gauge", "Time of loading by stage", ("model", "stage"))
 FIDELITY_KL = Series("fidelity_kl_mean", "gauge", "Mean KL divergence from the source, nats", ("model", "source"))
 FIDELITY_TOP1 = Series("fidelity_top1_agreement", "gauge", "Same most likely token as the source", ("model", "source"))
-NUMERIC_ERRORS = Series("numeric_errors", "counter", "Logits that were no numbers", ("model", "kind"))
+NUMERIC_ERRORS = Series(
+    "numeric_errors", "counter", "Sequences ended because their logits were not finite", ("model", "kind")
+)
 RESTARTS = Series("engine_restarts", "counter", "Times the engine died and came back")
 WATCHDOG = Series("engine_step_watchdog_seconds", "gauge", "Age of the engine's last report while it has work")
 BUILD = Series("build_info", "gauge", "The program", ("version",))
@@ -85,6 +102,18 @@ MODEL = Series(
     "The model",
     ("model", "format", "bits", "group_size", "sparsity", "rank", "artifact_sha", "kernel"),
 )
+CACHE_CONFIG = Series(
+    "cache_config_info", "gauge", "The KV pool, on whatever device", ("model", "block_size", "num_gpu_blocks")
+)
+ENERGY = Series("energy_joules", "counter", "Energy that the machine took while the server ran", ("domain",))
+
+# Names and labels of go-grpc-prometheus, so that its dashboards work.
+_CALLED = ("grpc_type", "grpc_service", "grpc_method")
+CALLS_STARTED = Series("grpc_server_started", "counter", "Calls begun", _CALLED, prefix="")
+CALLS_HANDLED = Series("grpc_server_handled", "counter", "Calls ended", (*_CALLED, "grpc_code"), prefix="")
+CALL_MESSAGES_IN = Series("grpc_server_msg_received", "counter", "Messages received in calls", _CALLED, prefix="")
+CALL_MESSAGES_OUT = Series("grpc_server_msg_sent", "counter", "Messages sent in calls", _CALLED, prefix="")
+CALL_TIME = Series("grpc_server_handling_seconds", "histogram", "Time of a call", _CALLED, DURATION, prefix="")
 
 SERIES = tuple(value for value in list(globals().values()) if isinstance(value, Series))
 
@@ -101,10 +130,22 @@ class _Values:
     histograms: dict[tuple[str, ...], _Histogram] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What all requests and steps of a model share: where prefixes are cached, and its layers by (op, impl)."""
+
+    cache_source: str
+    layers: Mapping[tuple[str, str], int]
+
+
 class Metrics(Collector):
-    """The values of all series. Written by the event loop, read by the HTTP thread; a read may see half a step."""
+    """The values of all series. Written by the event loop, read by the HTTP thread; a read may see half a step.
+
+    `loaded` is None until there is a model.
+    """
 
     def __init__(self, model: str) -> None:
+        self.loaded: Loaded | None = None
         self._model = model
         self._values = {series: _Values() for series in SERIES}
 
@@ -146,7 +187,7 @@ class Metrics(Collector):
 def _family(
     series: Series, numbers: list[tuple[tuple[str, ...], float]], histograms: list[tuple[tuple[str, ...], _Histogram]]
 ) -> Metric:
-    name = f"pressd_{series.name}"
+    name = f"{series.prefix}{series.name}"
     if series.kind == "histogram":
         family = HistogramMetricFamily(name, series.help, labels=series.labels)
         for key, histogram in histograms:

@@ -19,11 +19,13 @@ GENERATION_CONFIG = "generation_config.json"
 KEPT = "keep"
 # What generation_config.json may ask of every request that this build does not do, with the value that asks nothing.
 _NOT_APPLIED: dict[str, object] = {
-    "top_k": 0,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "penalty_alpha": 0.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1.0,
 }
 
 
@@ -74,6 +76,10 @@ def read_card(path: Path) -> ModelCard:
         sampling = SamplingParams(
             temperature=_number(generation, "temperature", 1.0) if samples else 0.0,
             top_p=_number(generation, "top_p", 1.0) if samples else 1.0,
+            top_k=int(_number(generation, "top_k", 0)) or None if samples else None,
+            min_p=_number(generation, "min_p", 0.0) if samples else 0.0,
+            typical_p=_number(generation, "typical_p", 1.0) if samples else 1.0,
+            repetition_penalty=_number(generation, "repetition_penalty", 1.0),
         )
         stopping = StoppingParams(max_new_tokens=int(_number(generation, "max_new_tokens", DEFAULT_MAX_NEW_TOKENS)))
     except ValueError as error:

@@ -2,19 +2,22 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc.aio
 
 from pressd.runtime.request import FinishReason
-from pressd.server import translate
-from pressd.server.asked import Asked, TextPrompt, check_ids
+from pressd.server import answers, measure, translate
+from pressd.server.asked import Asked, TextPrompt, TokenPrompt, check_ids
 from pressd.server.calls import CALL
+from pressd.server.chat import read_chat
+from pressd.server.detokenize import Piece
 from pressd.server.door import Door
-from pressd.server.errors import exhausted, internal, invalid, not_found
-from pressd.server.generation import Generation
+from pressd.server.errors import cancelled, exhausted, invalid, not_found
+from pressd.server.generation import Ended, Generation, Said, Scored, Update
+from pressd.server.prompts import Prepared, encode
 from pressd.server.text import byte_offsets
 from pressd.v1 import generate_pb2, score_pb2, tokens_pb2
 
@@ -32,30 +35,67 @@ class InferenceServicer:
         self._slow_consumer = slow_consumer
 
     async def Generate(self, request: generate_pb2.GenerateRequest, context: Context) -> generate_pb2.GenerateResponse:
-        """Answer with the whole completion."""
+        """Answer with the whole completions."""
         asked = translate.asked(request, CALL.get().request_id)
-        async with self._generation(asked, context) as generation:
-            pieces = []
-            while more := await generation.next_pieces():
-                pieces += more
-            finished = self._finished(generation)
-        completion = generate_pb2.Completion(finished=finished)
-        if asked.want_text:
-            completion.text = translate.text_of(pieces)
-        if asked.want_ids:
-            completion.tokens.extend(translate.token(piece, asked) for piece in pieces)
-        return generate_pb2.GenerateResponse(
-            request_id=asked.request_id, model=self._door.settings.served_name, completions=[completion]
-        )
+        response = generate_pb2.GenerateResponse(request_id=asked.request_id, model=self._door.settings.served_name)
+        async with self._generation(asked, context) as (generation, prompt):
+            completions = [response.completions.add() for _ in generation.strands]
+            texts = [[prompt.echo or ""] for _ in generation.strands]
+            while updates := await generation.next():
+                for update in updates:
+                    match update:
+                        case Scored(pieces=pieces):
+                            response.prompt.extend(self._tokens(pieces, asked))
+                        case Said(index=index, pieces=pieces):
+                            texts[index].append(answers.text_of(pieces))
+                            if asked.output.wants_tokens:
+                                completions[index].tokens.extend(self._tokens(pieces, asked))
+                        case Ended(strand=strand):
+                            completions[strand.index].finished.CopyFrom(self._finished(update, generation))
+        if asked.output.text:
+            for completion, parts in zip(completions, texts, strict=True):
+                completion.text = "".join(parts)
+        return response
 
     async def GenerateStream(self, request: generate_pb2.GenerateRequest, context: Context) -> None:
         """Stream Accepted, Deltas and Finished. A reader that is behind gets fewer and larger deltas."""
         asked = translate.asked(request, CALL.get().request_id)
-        async with self._generation(asked, context) as generation:
+        async with self._generation(asked, context) as (generation, prompt):
             await self._write(context, generation, generate_pb2.GenerateEvent(accepted=self._accepted(generation)))
-            while pieces := await generation.next_pieces():
-                await self._write(context, generation, generate_pb2.GenerateEvent(delta=translate.delta(pieces, asked)))
-            await self._write(context, generation, generate_pb2.GenerateEvent(finished=self._finished(generation)))
+            if prompt.echo is not None:
+                for strand in generation.strands:
+                    echo = generate_pb2.Delta(index=strand.index, text=prompt.echo)
+                    await self._write(context, generation, generate_pb2.GenerateEvent(delta=echo))
+            while updates := await generation.next():
+                for update in updates:
+                    num_tokens = len(update.pieces) if isinstance(update, Said) else 0
+                    await self._write(context, generation, self._event(update, generation), num_tokens)
+
+    async def Score(self, request: score_pb2.ScoreRequest, context: Context) -> score_pb2.ScoreResponse:
+        """Answer with the log-probability of each token but the first."""
+        info, _ = self._door.require_ready()
+        self._door.require_model(request.model)
+        prompt = translate.score_prompt(request)
+        ids = prompt.ids if isinstance(prompt, TokenPrompt) else (await encode(self._door, prompt)).ids
+        check_ids(prompt.field, ids, info)
+        if not ids:
+            raise invalid(prompt.field, "there are no tokens; at least one is needed")
+        response = score_pb2.ScoreResponse(ids=ids, model_version=self._door.version)
+        if len(ids) == 1:
+            return response
+        asked = translate.score_asked(request, ids, prompt.field, CALL.get().request_id)
+        async with self._generation(asked, context) as (generation, _):
+            while updates := await generation.next():
+                pieces = [piece for update in updates if not isinstance(update, Ended) for piece in update.pieces]
+                for logprobs in (piece.logprobs for piece in pieces if piece.logprobs is not None):
+                    response.logprobs.append(logprobs.logprob)
+                    if request.top_logprobs:
+                        response.top.add(tokens=answers.top(logprobs, self._spell))
+            CALL.get().finish_reason = ""
+        if generation.was_left:
+            raise cancelled("Cancel was called")
+        response.total_logprob = sum(response.logprobs)
+        return response
 
     async def Tokenize(self, request: tokens_pb2.TokenizeRequest, context: Context) -> tokens_pb2.TokenizeResponse:
         """Answer with the ids of a text or a conversation."""
@@ -64,11 +104,12 @@ class InferenceServicer:
         match request.WhichOneof("input"):
             case "text":
                 special = request.add_special_tokens if request.HasField("add_special_tokens") else True
-                encoding = await self._door.encode(TextPrompt(request.text), add_special_tokens=special)
+                text = TextPrompt(request.text, "text")
+                encoding = await encode(self._door, text, add_special_tokens=special, bounded=False)
             case "chat":
                 if request.HasField("add_special_tokens"):
                     raise invalid("add_special_tokens", "a chat template brings its own; leave it unset")
-                encoding = await self._door.encode(translate.conversation(request.chat))
+                encoding = await encode(self._door, read_chat(request.chat))
             case _:
                 raise invalid("text", "there is no input; give one of text and chat")
         response = tokens_pb2.TokenizeResponse(ids=encoding.ids)
@@ -96,22 +137,20 @@ class InferenceServicer:
         """End a live request."""
         if not request.request_id:
             raise invalid("request_id", "it is required")
-        if not self._door.cancel(request.request_id):
+        generation = self._door.live.find(request.request_id)
+        if generation is None:
             raise not_found("REQUEST_NOT_FOUND", f"no live request has the id {request.request_id!r}")
+        generation.end(FinishReason.CANCELLED)
         return generate_pb2.CancelResponse()
 
-    async def Score(self, request: score_pb2.ScoreRequest, context: Context) -> score_pb2.ScoreResponse:
-        """Never reached: what fields.HONOURED does not list is refused before it gets here."""
-        raise AssertionError(request)
-
     @asynccontextmanager
-    async def _generation(self, asked: Asked, context: Context) -> AsyncIterator[Generation]:
+    async def _generation(self, asked: Asked, context: Context) -> AsyncIterator[tuple[Generation, Prepared]]:
         """Queue a request. Headers go out only now: a client may retry by itself what was refused without any."""
         call = CALL.get()
-        async with self._door.generation(asked, call.arrival) as generation:
+        async with self._door.generation(asked, call.arrival) as (generation, prompt):
             await context.send_initial_metadata((("x-request-id", asked.request_id),))
             try:
-                yield generation
+                yield generation, prompt
             finally:
                 call.num_prompt_tokens, call.num_tokens = generation.num_prompt_tokens, generation.num_sent
 
@@ -123,20 +162,46 @@ class InferenceServicer:
             seed=generation.seed,
         )
 
-    def _finished(self, generation: Generation) -> generate_pb2.Finished:
-        assert generation.end is not None
-        if generation.end.reason is FinishReason.NUMERIC_ERROR:
-            raise internal("NUMERIC_ERROR", "the model's logits are not finite; another dtype may help")
-        CALL.get().finish_reason = generation.end.reason.value
-        return translate.finished(generation, time.monotonic(), self._door.version)
+    def _event(self, update: Update, generation: Generation) -> generate_pb2.GenerateEvent:
+        match update:
+            case Scored(start=start, pieces=pieces):
+                chunk = generate_pb2.PromptChunk(start=start, tokens=self._tokens(pieces, generation.asked))
+                return generate_pb2.GenerateEvent(prompt=chunk)
+            case Said(index=index, pieces=pieces):
+                delta = generate_pb2.Delta(index=index, num_tokens=len(pieces))
+                if generation.asked.output.text:
+                    delta.text = answers.text_of(pieces)
+                if generation.asked.output.wants_tokens:
+                    delta.tokens.extend(self._tokens(pieces, generation.asked))
+                return generate_pb2.GenerateEvent(delta=delta)
+            case Ended():
+                return generate_pb2.GenerateEvent(finished=self._finished(update, generation))
 
-    async def _write(self, context: Context, generation: Generation, event: generate_pb2.GenerateEvent) -> None:
+    def _tokens(self, pieces: Sequence[Piece], asked: Asked) -> Iterator[generate_pb2.Token]:
+        return (answers.token(piece, asked.output, self._spell) for piece in pieces)
+
+    def _finished(self, ended: Ended, generation: Generation) -> generate_pb2.Finished:
+        message = answers.finished(generation, ended.strand, self._door.version)
+        if ended.is_last:
+            answers.close(message, generation, time.monotonic())
+            assert ended.strand.end is not None
+            CALL.get().finish_reason = ended.strand.end.reason.value
+        return message
+
+    def _spell(self, token_id: int) -> str:
+        return self._door.text.spell(token_id) if self._door.text is not None else ""
+
+    async def _write(
+        self, context: Context, generation: Generation, event: generate_pb2.GenerateEvent, num_tokens: int = 0
+    ) -> None:
         """Send one event; raises Refusal if the client does not take it in time."""
         event.request_id = generation.request_id
+        began = time.monotonic()
         try:
             async with asyncio.timeout(self._slow_consumer):
                 await context.write(event)
         except TimeoutError:
             problem = f"the stream was not read for {self._slow_consumer:g} s; read faster, or use Generate"
-            generation.fail(refusal := exhausted("SLOW_CONSUMER", problem, retry_after=1.0))
+            generation.give_up(refusal := exhausted("SLOW_CONSUMER", problem, retry_after=1.0))
             raise refusal from None
+        measure.written(self._door.metrics, num_tokens=num_tokens, seconds=time.monotonic() - began)

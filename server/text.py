@@ -10,15 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
 from tokenizers import Tokenizer
 
 from pressd.runtime.artifact.spelling import Speller
 from pressd.runtime.artifact.tokenizer import load_tokenizer
-from pressd.server.asked import Message
+from pressd.server.chat import ChatPrompt
+from pressd.server.chat_template import ChatTemplate, LongChatError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+# What text is put behind to see how its tokens look inside a text: ends of lines stay tokens of their own.
+_ANCHORS = ("\n", "=", "(")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +34,6 @@ class Encoding:
     spans: tuple[tuple[int, int], ...]
 
 
-class ChatError(ValueError):
-    """The conversation does not fit the model's chat template, or there is none; one line for the caller."""
-
-
 class Text:
     """Text in and out of one model."""
 
@@ -41,6 +41,8 @@ class Text:
         self._tokenizer = tokenizer
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self.bytes_of_token = bytes_of_tokens(self._backend)
+        self.bytes_of_any_token = self.bytes_of_token | bytes_of_special_tokens(self._backend)
+        self._longest = max(map(len, self.bytes_of_any_token.values()), default=1)
         self.has_chat_template = bool(tokenizer.chat_template)
 
     @classmethod
@@ -66,16 +68,34 @@ class Text:
         encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         return Encoding(ids=tuple(encoding.ids), text=text, spans=tuple(encoding.offsets))
 
-    def encode_chat(self, messages: Sequence[Message]) -> Encoding:
-        """Render a conversation up to the assistant's next turn, and tokenise it; raises ChatError."""
-        if not self.has_chat_template:
-            raise ChatError("this model has no chat template; send a prompt")
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            rendered = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ChatError(f"the model's chat template refuses it: {error}") from None
+    def encode_chat(self, prompt: ChatPrompt, *, max_bytes: int | None = None) -> Encoding:
+        """Render a conversation and tokenise it, unless it has more bytes; raises ChatError, and LongChatError then.
+
+        Special tokens written in it count as such, by whomever: what users may not say must be kept from the messages.
+        """
+        rendered = ChatTemplate(self._tokenizer).render(prompt)
+        num_bytes = len(rendered.encode())
+        if max_bytes is not None and num_bytes > max_bytes:
+            problem = f"it has {num_bytes} bytes when rendered; whatever its tokens, more than {max_bytes} do not fit"
+            raise LongChatError(problem)
         return self.encode(rendered, add_special_tokens=False)
+
+    def encode_inside(self, text: str) -> tuple[int, ...]:
+        """Tokenise text as it stands inside another one, where no tokenizer puts a space before it."""
+        for anchor in _ANCHORS:
+            before = self._backend.encode(anchor, add_special_tokens=False).ids
+            whole = self._backend.encode(anchor + text, add_special_tokens=False).ids
+            if before and whole[: len(before)] == before:
+                return tuple(whole[len(before) :])
+        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def spell(self, token_id: int) -> str:
+        """The text of one token alone; bytes which are no UTF-8 become U+FFFD."""
+        return self.bytes_of_any_token.get(token_id, b"").decode("utf-8", "replace")
+
+    def max_bytes(self, num_tokens: int) -> int:
+        """Bytes that a text of so many tokens has at most."""
+        return num_tokens * self._longest
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence from its beginning."""
@@ -100,3 +120,10 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> dict[int, bytes]:
     special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     return {token_id: spell(token) for token, token_id in vocabulary.items() if token_id not in special}
+
+
+def bytes_of_special_tokens(tokenizer: Tokenizer) -> dict[int, bytes]:
+    """Return the bytes which each special token adds to a text that shows them: the decoder takes them as any token."""
+    spell = Speller(json.loads(tokenizer.to_str()).get("decoder"))
+    added = tokenizer.get_added_tokens_decoder()
+    return {token_id: spell(token.content) for token_id, token in added.items() if token.special}

@@ -9,10 +9,18 @@ from pressd.runtime.request import Request
 
 
 class Commands(msgspec.Struct, frozen=True, kw_only=True):
-    """To the engine: what to begin, and what to stop."""
+    """To the engine: what to begin, what to stop, and whether to forget cached prefixes."""
 
     adds: tuple[Request, ...] = ()
-    aborts: tuple[str, ...] = ()
+    aborts: tuple["Abort", ...] = ()
+    flush: bool = False
+
+
+class Abort(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence of a request to stop, or with None all of them."""
+
+    request_id: str
+    index: int | None
 
 
 class Rejection(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,10 +38,12 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
 
 
 class Stepped(msgspec.Struct, frozen=True, kw_only=True, tag="stepped"):
-    """From the engine: what one step did."""
+    """From the engine: what one step did. `flushed` answers each flush: blocks that held only
+    cached prefixes."""
 
     step: StepResult
     rejections: tuple[Rejection, ...] = ()
+    flushed: tuple[int, ...] = ()
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

@@ -18,9 +18,9 @@ _CHUNK = {"cpu": 1 << 17, "cuda": 1 << 23}
 class LogprobColumns:
     """Log-probabilities of drawn tokens, for the rows of a batch that asked.
 
-    The i-th entry is of row `places[i]`: `logprobs[i]` (float64) is that of the drawn token `token_ids[i]` (int64), which
-    is the `ranks[i]`-th by probability, and the first `num_top[i]` of `top_ids[i]` (int64) and `top_logprobs[i]` (float64), each [rows, max(num_top)], are the
-    likeliest tokens.
+    The i-th entry is of row `places[i]`: `logprobs[i]` (float64) is that of the drawn token `token_ids[i]` (int64),
+    which is the `ranks[i]`-th by probability, and the first `num_top[i]` of `top_ids[i]` (int64) and
+    `top_logprobs[i]` (float64), each [rows, max(num_top)], are the likeliest tokens.
     """
 
     places: tuple[int, ...]

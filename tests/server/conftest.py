@@ -193,7 +193,9 @@ def echo_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scripted model with a tokenizer; its prompt is its answer."""
     folder = tmp_path_factory.mktemp("models") / "parrot"
     size = write_tokenizer(folder)
-    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.5, "top_k": 7}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "temperature": 0.5, "top_k": 7, "num_beams": 4})
+    )
     return write_script(folder, vocab_size=size, max_context=4096, kv_blocks=4096)
 
 

@@ -10,13 +10,14 @@ A directory takes the model's place: `script.json` says how large it is, and the
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pressd.runtime.config import EngineConfig
 from pressd.runtime.errors import RequestError
 from pressd.runtime.report import EngineInfo, KernelChoice, StepResult, StepStats
-from pressd.runtime.request import FinishReason, Request, RequestOutput
+from pressd.runtime.request import FinishReason, Request, RequestOutput, TokenLogprobs
 
 # How often the files are looked at, in seconds.
 PACE = 0.001
@@ -34,9 +35,16 @@ def create(path: str, config: EngineConfig) -> "ScriptedEngine":
     return ScriptedEngine(folder, config)
 
 
+def logprobs_of(token_id: int, vocab_size: int, num_top: int) -> TokenLogprobs:
+    """What this engine says of a token: a number that only it has, and its followers as alternatives."""
+    top = tuple(((token_id + place) % vocab_size, -0.5 - place) for place in range(num_top))
+    return TokenLogprobs(token_id=token_id, logprob=-(token_id + 1) / 8, rank=token_id + 1, top=top)
+
+
 @dataclass
 class _Live:
     request: Request
+    index: int
     num_blocks: int
     scheduled_at: float = 0.0
     first_token_at: float = 0.0
@@ -44,13 +52,18 @@ class _Live:
 
 
 class ScriptedEngine:
-    """What the door asks of an engine. `burst` of the script is how many tokens a request gets in one step."""
+    """What the door asks of an engine. `burst` of the script is how many tokens a request gets in one step.
+
+    Of n sequences each says the prompt. A constraint `choice` is followed by saying its first text's characters as ids;
+    any other kind is invalid, and a choice of "" is impossible. What a flush frees is the number of requests so far.
+    """
 
     def __init__(self, folder: Path, config: EngineConfig) -> None:
         script = json.loads((folder / "script.json").read_text())
         self._folder = folder
         self._burst: int = script.get("burst", 1)
         self._num_steps = 0
+        self._num_requests = 0
         self._waiting: list[_Live] = []
         self._running: list[_Live] = []
         self.info = EngineInfo(
@@ -70,6 +83,7 @@ class ScriptedEngine:
             weights_bytes=3 << 20,
             dense_bytes=8 << 20,
             kernels=(KernelChoice(op="linear", storage="dense", implementation="echo", layers=2, refusals=("x",)),),
+            unfused_groups=0,
             load_seconds={"read": 0.5},
         )
 
@@ -83,13 +97,22 @@ class ScriptedEngine:
             raise RequestError("max_new_tokens", "this prompt brings bad luck")
         length = len(request.prompt_token_ids) + (request.stopping.max_new_tokens or self.info.max_context)
         blocks = -(-min(length, self.info.max_context) // self.info.block_size)
-        self._waiting.append(_Live(request, min(blocks, self.info.kv_blocks)))
+        self._num_requests += 1
+        for index in range(request.sampling.n):
+            self._waiting.append(_Live(request, index, min(blocks, self.info.kv_blocks)))
+        self._waiting.sort(key=lambda live: -live.request.priority)
 
-    def abort(self, request_id: str) -> bool:
+    def abort(self, request_id: str, index: int | None = None) -> bool:
+        def stays(live: _Live) -> bool:
+            return live.request.request_id != request_id or index not in (None, live.index)
+
         before = len(self._waiting) + len(self._running)
-        self._waiting = [live for live in self._waiting if live.request.request_id != request_id]
-        self._running = [live for live in self._running if live.request.request_id != request_id]
+        self._waiting = [live for live in self._waiting if stays(live)]
+        self._running = [live for live in self._running if stays(live)]
         return len(self._waiting) + len(self._running) < before
+
+    def flush_prefix_cache(self) -> int:
+        return self._num_requests
 
     def step(self) -> StepResult:
         if (self._folder / "poisoned").exists():
@@ -137,14 +160,24 @@ class ScriptedEngine:
 
     def _say(self, live: _Live) -> RequestOutput:
         """Give a request its next tokens: the prompt, over and over if the end of sequence is to be ignored."""
-        prompt, stopping = live.request.prompt_token_ids, live.request.stopping
+        request = live.request
+        prompt, stopping, allowed = request.prompt_token_ids, request.stopping, request.sampling.allowed_token_ids
         fresh: list[int] = []
-        reason, matched = None, None
+        reason, matched, error = None, None, None
+        if request.constraint is not None:
+            invalid = request.constraint.kind != "choice"
+            reason = FinishReason.CONSTRAINT_INVALID if invalid else FinishReason.CONSTRAINT_COMPLETE
+            error = "this engine follows choices only" if invalid else None
+            if not invalid and request.constraint.choices == ("",):
+                reason, error = FinishReason.CONSTRAINT_IMPOSSIBLE, "nothing can be said"
+            fresh = [] if error else [ord(c) % self.info.vocab_size for c in request.constraint.choices[0]]
         while reason is None and len(fresh) < self._burst:
             over = len(live.said) == len(prompt) and not stopping.ignore_eos
             token = self.info.eos_token_ids[0] if over else prompt[len(live.said) % len(prompt)]
+            token = allowed[0] if allowed else token
             if token in stopping.stop_token_ids:
                 reason, matched = FinishReason.STOP, token
+                fresh += [token] if stopping.include_stop else []
             elif over:
                 reason, matched = FinishReason.EOS, token
             else:
@@ -154,14 +187,25 @@ class ScriptedEngine:
                     reason = FinishReason.MAX_TOKENS
                 elif len(prompt) + len(live.said) >= self.info.max_context:
                     reason = FinishReason.CONTEXT_LIMIT
+        is_first = not live.first_token_at
         live.first_token_at = live.first_token_at or time.monotonic()
         if reason is not None:
             self._running.remove(live)
         return RequestOutput(
-            request_id=live.request.request_id,
+            request_id=request.request_id,
+            index=live.index,
             token_ids=tuple(fresh),
             finish_reason=reason,
             matched_token_id=matched,
+            error=error,
+            logprobs=self._logprobs(fresh, request) if request.sampling.logprobs else (),
+            prompt_logprobs=self._logprobs(prompt[1:], request)
+            if request.sampling.prompt_logprobs and is_first and live.index == 0
+            else (),
+            num_cached_tokens=int(request.cache_salt or 0) if request.cache_salt.isdigit() else 0,
             scheduled_at=live.scheduled_at,
             first_token_at=live.first_token_at,
         )
+
+    def _logprobs(self, ids: Iterable[int], request: Request) -> tuple[TokenLogprobs, ...]:
+        return tuple(logprobs_of(token, self.info.vocab_size, request.sampling.top_logprobs) for token in ids)

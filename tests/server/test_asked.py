@@ -31,6 +31,7 @@ INFO = EngineInfo(
     weights_bytes=1,
     dense_bytes=1,
     kernels=(),
+    unfused_groups=0,
     load_seconds={},
 )
 CARD = ModelCard(
@@ -39,7 +40,9 @@ CARD = ModelCard(
 
 
 def told(num_prompt: int = 3, info: EngineInfo = INFO, **options: int | float) -> Request:
-    asked = Asked(request_id="r", model="", prompt=TokenPrompt((1,) * num_prompt), **options)  # type: ignore[arg-type]
+    own = {name: options.pop(name) for name in ("max_new_tokens", "min_new_tokens") if name in options}
+    prompt = TokenPrompt((1,) * num_prompt)
+    asked = Asked(request_id="r", model="", prompt=prompt, sampling=options, **own)  # type: ignore[arg-type]
     return engine_request(asked, (1,) * num_prompt, info=info, card=CARD, engine_id="7", arrival=2.0)
 
 
@@ -82,27 +85,43 @@ def test_length_is_bounded_by_request_model_context_and_pool(
 
 
 @pytest.mark.parametrize(
-    ("content", "temperature", "top_p", "max_new_tokens", "not_applied"),
+    ("content", "sampling", "max_new_tokens", "not_applied"),
     [
-        (None, 0.0, 1.0, DEFAULT_MAX_NEW_TOKENS, ()),
-        ({"temperature": 0.7, "top_p": 0.9}, 0.0, 1.0, DEFAULT_MAX_NEW_TOKENS, ()),  # transformers does not sample
-        ({"do_sample": True}, 1.0, 1.0, DEFAULT_MAX_NEW_TOKENS, ()),
-        ({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 9}, 0.7, 0.9, 9, ()),
-        ({"top_k": 20, "repetition_penalty": 1.0, "min_p": None}, 0.0, 1.0, DEFAULT_MAX_NEW_TOKENS, ("top_k",)),
+        (None, {}, DEFAULT_MAX_NEW_TOKENS, ()),
+        (
+            {"temperature": 0.7, "top_p": 0.9, "top_k": 3},
+            {},
+            DEFAULT_MAX_NEW_TOKENS,
+            (),
+        ),  # transformers does not sample
+        ({"do_sample": True}, {"temperature": 1.0}, DEFAULT_MAX_NEW_TOKENS, ()),
+        (
+            {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 9},
+            {"temperature": 0.7, "top_p": 0.9},
+            9,
+            (),
+        ),
+        (
+            {"do_sample": True, "top_k": 20, "min_p": 0.1, "typical_p": 0.9, "no_repeat_ngram_size": None},
+            {"temperature": 1.0, "top_k": 20, "min_p": 0.1, "typical_p": 0.9},
+            DEFAULT_MAX_NEW_TOKENS,
+            (),
+        ),
+        ({"repetition_penalty": 1.2, "top_k": 0}, {"repetition_penalty": 1.2}, DEFAULT_MAX_NEW_TOKENS, ()),
+        ({"num_beams": 4, "min_p": None}, {}, DEFAULT_MAX_NEW_TOKENS, ("num_beams",)),
     ],
 )
 def test_defaults_are_those_of_generation_config(
     tmp_path: Path,
     content: dict[str, object] | None,
-    temperature: float,
-    top_p: float,
+    sampling: dict[str, float],
     max_new_tokens: int,
     not_applied: tuple[str, ...],
 ) -> None:
     if content is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(content))
     card = read_card(tmp_path)
-    assert (card.sampling.temperature, card.sampling.top_p) == (temperature, top_p)
+    assert card.sampling == replace(SamplingParams(temperature=0.0), **sampling)  # type: ignore[arg-type]
     assert (card.max_new_tokens, card.not_applied) == (max_new_tokens, not_applied)
     assert (card.format, card.passes, card.quality) == ("dense", (), {})
 
@@ -136,3 +155,15 @@ def test_admission_counts_back_whatever_happens() -> None:
         second.wait_with(11)  # alone, so it may
         assert admission.num_waiting_tokens == 11
     assert (admission.num_requests, admission.num_waiting_tokens) == (0, 0)
+
+
+def test_several_sequences_count_as_so_many_requests() -> None:
+    admission = Admission(max_requests=5, max_waiting_tokens=10)
+    with admission.enter(3):
+        with pytest.raises(Refusal, match="3 requests are inside"), admission.enter(3):
+            pass
+        with admission.enter(2):
+            assert admission.num_requests == 5
+    with pytest.raises(Refusal) as caught, admission.enter(6):
+        pass
+    assert (caught.value.field, admission.num_requests) == ("sampling.num_sequences", 0)

@@ -157,7 +157,7 @@ def test_sigterm_lets_accepted_requests_finish(
         assert error.retry_after
         assert client.is_serving("")
         assert client.model().state == model_pb2.MODEL_STATE_DRAINING
-        assert server.metric("pressd_requests_rejected_total", reason="draining") == 1
+        server.await_metric(1, "pressd_requests_rejected_total", reason="draining")
         server.allow_all_steps()
         with ThreadPoolExecutor(5) as pool:
             answers: list[list[Any]] = list(pool.map(list, streams))

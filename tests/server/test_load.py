@@ -59,7 +59,7 @@ def test_full_queue_refuses_and_says_when_to_come_back(gated: Any, client: Any, 
     error = refused(lambda: client.generate([8], **IDS), "RESOURCE_EXHAUSTED", "QUEUE_FULL")
     assert error.retry_after is not None
     assert error.retry_after > 0
-    assert gated.metric("pressd_requests_rejected_total", reason="queue_full") == 1
+    gated.await_metric(1, "pressd_requests_rejected_total", reason="queue_full")
     gated.allow_all_steps()
     assert [ids_of(stream) for stream in streams] == [[5], [6], [7]]
     assert client.generate([8], **IDS).completions[0].tokens[0].id == 8
@@ -102,7 +102,7 @@ def test_cancel_ends_a_stream_with_what_exists(gated: Any, client: Any, refused:
     assert last.finished.reason == generate_pb2.FINISH_REASON_CANCELLED
     assert last.finished.usage.completion_tokens == 3
     gated.await_metric(0, "pressd_kv_cache_blocks", state="used")
-    assert gated.metric("pressd_requests_total", code="OK", finish_reason="cancelled") == 1
+    gated.await_metric(1, "pressd_requests_total", code="OK", finish_reason="cancelled")
     refused(lambda: client.cancel("long"), "NOT_FOUND", "REQUEST_NOT_FOUND")
 
 
@@ -157,7 +157,7 @@ def test_request_that_needs_more_than_the_pool_is_refused(serve: Serve, scripted
         assert list(caught.value.fields) == ["stopping.max_new_tokens"]
         # Left unset, the bound is what the pool holds.
         assert len(client.generate([5] * 30, ignore_eos=True, **IDS).completions[0].tokens) == 3
-        assert server.metric("pressd_requests_rejected_total", reason="kv_capacity") == 1
+        server.await_metric(1, "pressd_requests_rejected_total", reason="kv_capacity")
 
 
 def test_model_without_a_tokenizer_takes_and_gives_ids(gated: Any, client: Any, refused: Refused) -> None:
@@ -166,7 +166,7 @@ def test_model_without_a_tokenizer_takes_and_gives_ids(gated: Any, client: Any, 
         (lambda: client.generate("text", **IDS), "prompt"),
         (lambda: client.generate([5]), "output.text"),
         (lambda: client.generate([5], stop=["x"], **IDS), "stopping.stop"),
-        (lambda: client.tokenize("text"), "prompt"),
+        (lambda: client.tokenize("text"), "text"),
         (lambda: client.detokenize([5]), "ids"),
     ):
         error = refused(action, "INVALID_ARGUMENT", "INVALID_FIELD")
@@ -230,7 +230,7 @@ def test_reader_that_does_not_read_is_dropped(scripted: Any, tmp_path: Path, mon
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=window) as channel:
             call = inference_pb2_grpc.InferenceStub(channel).GenerateStream(request)
             assert (await call.read()).HasField("accepted")
-            await door.idle.wait()  # the server has given the request up, although nobody dropped the call
+            await door.live.idle.wait()  # the server has given the request up, although nobody dropped the call
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await read_on(call)
         running.cancel()

@@ -1,6 +1,8 @@
 """Counting, and what Prometheus reads of it."""
 
 import dataclasses
+import shutil
+import subprocess
 import urllib.request
 
 import pytest
@@ -9,11 +11,14 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pressd.runtime.report import StepStats
-from pressd.runtime.request import RequestOutput
+from pressd.runtime.artifact.schemes import parse_scheme
+from pressd.runtime.kernels.catalogue import ATTENTION, LINEAR
+from pressd.runtime.params import SamplingParams
+from pressd.runtime.report import EngineInfo, KernelChoice, StepStats
 from pressd.server import measure
 from pressd.server import metrics as m
-from pressd.server.generation import Generation
+from pressd.server.call_metrics import CallMetrics
+from pressd.server.model_card import ModelCard
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -32,6 +37,45 @@ def value(samples: Samples, name: str, **labels: str) -> float:
 def stats(**counts: float) -> StepStats:
     zeros = {field.name: 0 for field in dataclasses.fields(StepStats)}
     return StepStats(**(zeros | counts))  # type: ignore[arg-type]
+
+
+def choice(op: str, implementation: str, storage: str = "packed_int", layers: int = 1) -> KernelChoice:
+    return KernelChoice(op=op, storage=storage, implementation=implementation, layers=layers)
+
+
+def info(device: str = "cpu", kernels: tuple[KernelChoice, ...] = ()) -> EngineInfo:
+    return EngineInfo(
+        architecture="A",
+        artifact_id="sha",
+        device=device,
+        dtype="float32",
+        kv_dtype="float32",
+        vocab_size=9,
+        max_context=64,
+        max_batch=4,
+        eos_token_ids=(0,),
+        block_size=16,
+        kv_blocks=10,
+        kv_tokens=160,
+        kv_bytes=1000,
+        weights_bytes=300,
+        dense_bytes=900,
+        kernels=kernels,
+        unfused_groups=0,
+        load_seconds={"read": 0.5},
+    )
+
+
+def card(*schemes: str) -> ModelCard:
+    parsed = tuple(parse_scheme(scheme) for scheme in schemes)
+    return ModelCard(sampling=SamplingParams(), max_new_tokens=9, manifest=None, schemes=parsed, not_applied=())
+
+
+def loaded(*kernels: KernelChoice, device: str = "cpu") -> m.Metrics:
+    metrics = m.Metrics("m")
+    measure.begin(metrics)
+    measure.model(metrics, info(device, kernels), card())
+    return metrics
 
 
 def test_names_follow_the_rules_of_prometheus() -> None:
@@ -64,12 +108,14 @@ def test_what_cannot_be_known_is_absent_and_what_can_only_grow_begins_at_zero() 
     samples = scrape(metrics)
     assert value(samples, "pressd_engine_restarts_total") == 0
     assert value(samples, "pressd_requests_rejected_total", reason="queue_full") == 0
+    assert value(samples, "pressd_stream_write_stall_seconds_count") == 0
+    assert value(samples, "pressd_stream_write_stall_seconds_bucket", le="+Inf") == 0
     assert not any(name.startswith(("pressd_fidelity", "pressd_kv_cache")) for name, _ in samples)
 
 
 @pytest.mark.parametrize(("prefill", "decode", "kind"), [(5, 0, "prefill"), (0, 3, "decode"), (5, 3, "mixed")])
 def test_step_is_named_by_what_it_computed(prefill: int, decode: int, kind: str) -> None:
-    metrics = m.Metrics("m")
+    metrics = loaded()
     step = stats(seconds=0.5, num_prefill_tokens=prefill, num_decode_tokens=decode, num_rows=4, kv_gathers=7)
     measure.step(metrics, step, stats(kv_gathers=5))
     samples = scrape(metrics)
@@ -77,40 +123,114 @@ def test_step_is_named_by_what_it_computed(prefill: int, decode: int, kind: str)
     assert value(samples, "pressd_engine_step_tokens_sum") == prefill + decode
     assert value(samples, "pressd_engine_batch_size_sum") == 4
     assert value(samples, "pressd_kv_gathers_total") == 2
+    assert value(samples, "pressd_engine_steps_total", graph="eager") == 1
+
+
+def test_totals_go_on_where_another_engine_begins_at_zero() -> None:
+    metrics = loaded()
+    totals = (*measure.TOTALS, "numeric_errors")
+    for number, (now, before) in enumerate([(5, None), (7, 5), (3, None), (3, 3)]):
+        stats_before = stats(**dict.fromkeys(totals, before)) if before is not None else None
+        measure.step(metrics, stats(**dict.fromkeys(totals, now)), stats_before)
+        expected = (5, 7, 10, 10)[number]
+        samples = scrape(metrics)
+        for series in measure.TOTALS.values():
+            assert value(samples, f"pressd_{series.name}_total") == expected
+        assert value(samples, "pressd_numeric_errors_total", kind="nan_logits") == expected
+
+
+def test_layers_are_counted_once_a_step_by_what_computes_them() -> None:
+    metrics = loaded(
+        choice("linear", "cpu-nibbles", layers=4),
+        choice("linear", "cpu-bytes", layers=2),
+        choice("linear", "reference", layers=3),
+        choice("linear", "reference", "dense", layers=1),
+        choice("attention", "reference", "paged", layers=5),
+    )
+    for rows in (1, 8, 0):  # the last is no step
+        measure.step(metrics, stats(num_rows=rows, num_decode_tokens=rows), None)
+    found = {labels: number for (name, labels), number in scrape(metrics).items() if "kernel_dispatch" in name}
+    assert found == {
+        frozenset({"op": "linear", "impl": "torch"}.items()): 2 * (4 + 2 + 1),
+        frozenset({"op": "linear", "impl": "fallback"}.items()): 2 * 3,
+        frozenset({"op": "attention", "impl": "fallback"}.items()): 2 * 5,
+    }
+
+
+def test_every_kernel_has_a_word_of_the_agreed_list() -> None:
+    choices = [choice("linear", kernel.name, kernel.storage) for kernel in LINEAR]
+    choices += [choice("attention", kernel.name, "paged") for kernel in ATTENTION]
+    words = {measure.implementation(one) for one in choices}
+    assert words <= {"triton", "torch", "cuda", "fallback"}
+    assert "fallback" in words
+    assert [measure.implementation(choice("linear", name)) for name in ("triton-w4", "cuda-w8")] == ["triton", "cuda"]
+
+
+@pytest.mark.parametrize(
+    ("schemes", "labels"),
+    [
+        ((), ("dense", "", "", "", "")),
+        (("w4a16g32",), ("w4a16g32", "4", "32", "", "")),
+        (("sparse24:w8a16",), ("sparse24:w8a16", "8", "", "0.5", "")),
+        (("lowrank8:bf16",), ("lowrank8:bf16", "16", "", "", "8")),
+        (("w4a16", "w8a16"), ("mixed", "", "", "", "")),
+    ],
+)
+def test_model_is_described(schemes: tuple[str, ...], labels: tuple[str, ...]) -> None:
+    metrics = m.Metrics("m")
+    measure.model(metrics, info(kernels=(choice("linear", "b"), choice("attention", "a"))), card(*schemes))
+    samples = scrape(metrics)
+    words = dict(zip(("format", "bits", "group_size", "sparsity", "rank"), labels, strict=True))
+    assert value(samples, "pressd_model_info", **words, artifact_sha="sha", kernel="a+b") == 1
+    assert value(samples, "pressd_cache_config_info", block_size="16", num_gpu_blocks="10") == 1
+    memory = {labels: number for (name, labels), number in samples.items() if name == "pressd_memory_bytes"}
+    assert memory == {
+        frozenset({"device": "cpu", "kind": "weights"}.items()): 300,
+        frozenset({"device": "cpu", "kind": "kv"}.items()): 1000,
+    }
+
+
+@pytest.mark.parametrize(("device", "source"), [("cpu", "host"), ("cuda:0", "gpu")])
+def test_cache_is_named_by_where_it_is(device: str, source: str) -> None:
+    samples = scrape(loaded(device=device))
+    assert value(samples, "pressd_cached_prompt_tokens_total", source=source) == 0
+    assert len([name for name, _ in samples if name == "pressd_cached_prompt_tokens_total"]) == 1
+
+
+def test_messages_are_counted_and_tokens_that_share_one() -> None:
+    metrics = m.Metrics("m")
+    measure.begin(metrics)
+    for num_tokens, seconds in ((0, 0.5), (1, 0.25), (4, 2.0), (0, 0.0)):
+        measure.written(metrics, num_tokens=num_tokens, seconds=seconds)
+    samples = scrape(metrics)
+    assert value(samples, "pressd_stream_messages_total") == 4
+    assert value(samples, "pressd_stream_coalesced_tokens_total") == 3
+    assert value(samples, "pressd_stream_write_stall_seconds_count") == 4
+    assert value(samples, "pressd_stream_write_stall_seconds_sum") == 2.75
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool, of Prometheus, is not installed")
+def test_prometheus_has_nothing_to_say_against_it() -> None:
+    metrics = loaded(choice("linear", "cpu-nibbles"))
+    CallMetrics(metrics)
+    for series in m.SERIES:
+        labels = ["x"] * (len(series.labels) - (series.labels[0] == "model"))
+        if series.kind == "histogram":
+            metrics.observe(series, 0.5, *labels)
+        else:
+            metrics.add(series, *labels)
+    registry = CollectorRegistry()
+    registry.register(metrics)
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"], input=generate_latest(registry), capture_output=True, check=False
+    )
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
 
 
 def test_idle_report_is_no_step() -> None:
     metrics = m.Metrics("m")
     measure.step(metrics, stats(), None)
     assert not any(name.startswith("pressd_engine_step") for name, _ in scrape(metrics))
-
-
-def test_latencies_of_a_request_are_weighted_by_tokens() -> None:
-    metrics = m.Metrics("m")
-    generation = Generation(
-        request_id="r",
-        engine_id="0",
-        prompt_field="prompt",
-        num_prompt_tokens=6,
-        seed=0,
-        arrival=100.0,
-        detokenizer=None,
-    )
-    # One token at 103, four more at 107: the mean gap is a second, and it is four gaps.
-    for now, ids in ((103.0, (1,)), (107.0, (2, 3, 4, 5))):
-        measure.tokens(metrics, generation, len(ids), now)
-        generation.push(RequestOutput(request_id="0", token_ids=ids, scheduled_at=101.0, first_token_at=103.0), now)
-    measure.closed(metrics, generation)
-    samples = scrape(metrics)
-    assert value(samples, "pressd_inter_token_latency_seconds_count") == 4
-    assert value(samples, "pressd_inter_token_latency_seconds_sum") == 4.0
-    assert value(samples, "pressd_time_per_output_token_seconds_sum") == 1.0
-    assert value(samples, "pressd_request_queue_seconds_sum") == 1.0
-    assert value(samples, "pressd_request_prefill_seconds_sum") == 2.0
-    assert value(samples, "pressd_request_decode_seconds_sum") == 4.0
-    assert value(samples, "pressd_prompt_tokens_total") == 6
-    assert value(samples, "pressd_generated_tokens_total") == 5
-    assert value(samples, "pressd_requests_cancelled_total", phase="decode") == 1  # nobody read it to its end
 
 
 def test_port_serves_until_it_is_closed() -> None:

@@ -97,10 +97,10 @@ def test_each_field_of_a_generation_is_honoured_or_refused_by_its_path(path: str
 def test_a_field_inside_a_list_is_named_with_its_place() -> None:
     request = generate_pb2.GenerateRequest()
     request.chat.messages.add(role="user", content="hello")
-    request.chat.messages.add(role="user", content="hello", name="Ann")
+    request.chat.messages.add(role="user", content="hello").MergeFromString(b"\xb8\x3e\x01")
     with pytest.raises(Refusal) as caught:
         refuse_unsupported("Generate", request)
-    assert caught.value.field == "chat.messages[1].name"
+    assert caught.value.field == "chat.messages[1].999 of pressd.v1.ChatMessage"
 
 
 def test_a_field_of_a_later_schema_is_refused() -> None:
