@@ -13,7 +13,7 @@ GPU_PYTHON_VERSION ?= 3.12
 help:
 	@echo 'make demo    press the example model, serve it, stream from it, print what it costs (sets up .venv by itself)'
 	@echo 'make test    the default test suite, under 15 minutes on two cores'
-	@echo 'make check   ruff and mypy --strict'
+	@echo 'make check   ruff, mypy --strict, and buf for the protos'
 	@echo 'make gpu-bundle   collect the wheels that a GPU machine without a network needs, into build/gpu-bundle'
 	@echo 'make gpu          there: install them beside its own Python, run the GPU tests and measure (GPU_DEVICE=cpu: a dry run)'
 	@echo 'make dev     install into .venv; does nothing while the list of files is unchanged'
@@ -29,6 +29,9 @@ check: dev
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+	@$(BIN)/buf lint protos
+	@$(BIN)/buf format protos --diff --exit-code
+	@$(BIN)/buf breaking protos --against tests/protos/promise.proto
 
 gpu-bundle: dev
 	@$(BIN)/python tests/gpu/bundle.py --python $(GPU_PYTHON_VERSION)

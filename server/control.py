@@ -42,13 +42,14 @@ class ControlServicer:
     def __init__(self, door: Door) -> None:
         self._door = door
         self._started_at = time.time()
+        self._version = importlib.metadata.version("pressd")  # what is running, whatever is installed since
 
     async def GetServerInfo(
         self, request: control_pb2.GetServerInfoRequest, context: Context
     ) -> control_pb2.ServerInfo:
         """Describe the server."""
         info = control_pb2.ServerInfo(
-            version=importlib.metadata.version("pressd"),
+            version=self._version,
             schema_revision=SCHEMA_REVISION,
             state=f"SERVER_STATE_{self._door.phase.name}",
             engine_restarts=max(0, self._door.engine.num_starts - 1),

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from pressd.runtime.request import TokenLogprobs
 
-# UTF-8 as the tokenizers library decodes it: each maximal malformed run becomes one U+FFFD.
+# Each malformed part becomes one U+FFFD, as the tokenizers library has it for byte-level vocabularies. For those with
+# fallback to bytes it looks at a whole run of bytes at once, which cannot be streamed.
 _Decoder = codecs.getincrementaldecoder("utf-8")
 
 
