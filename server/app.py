@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Protocol
 
+import grpc
 import grpc.aio
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -18,8 +19,10 @@ from grpc_reflection.v1alpha import reflection
 from pressd.runtime.report import EngineInfo
 from pressd.server import measure
 from pressd.server import metrics as m
+from pressd.server.access import Access
 from pressd.server.call_metrics import CallMetrics
 from pressd.server.control import ControlServicer
+from pressd.server.credentials import TlsFiles, server_credentials
 from pressd.server.door import Door, Phase
 from pressd.server.energy import EnergyMeter
 from pressd.server.engine_client import EngineStartError
@@ -57,6 +60,10 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_connection_age_ms", 1_800_000),
     ("grpc.max_connection_age_grace_ms", 3_600_000),
     ("grpc.max_concurrent_streams", 1024),
+    # Metadata are a token and a few names; whoever does not finish a handshake is dropped.
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.absolute_max_metadata_size", 32 << 10),
+    ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.so_reuseport", 0),
 )
 
@@ -94,30 +101,60 @@ async def _serve(settings: Settings, announce: Callable[[str], None], factory: s
             metrics_port = stack.enter_context(m.exposed(metrics, settings.host, settings.metrics_port))
         except OSError as error:
             raise StartError(f"metrics port {settings.metrics_port} on {settings.host}: {error.strerror}") from None
+        access, credentials = _guards(settings)
         door = Door(settings, metrics, factory)
-        async with _listening(door) as (health, port):
-            if settings.insecure:
-                log.warning("there is no encryption and anybody may connect", extra={"host": settings.host})
+        async with _listening(door, access, credentials) as (health, port):
+            if settings.is_open:
+                log.warning("strangers can reach it", extra={"host": settings.host, "there_is_no": settings.lacks})
             log.info("listening", extra={"host": settings.host, "port": port, "metrics_port": metrics_port})
             serving = asyncio.ensure_future(door.run())
             publishing = asyncio.ensure_future(_publish(door, health, announce))
-            told = asyncio.ensure_future(signals.next())
+            following = asyncio.ensure_future(access.follow())
+            told = asyncio.ensure_future(_told_to_end(door, signals))
+            tasks = (serving, publishing, following, told)
             try:
-                await asyncio.wait({serving, publishing, told}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 if not told.done():
-                    raise _cause(serving, publishing)
-                return await _drain(door, signals, settings.shutdown_timeout)
+                    raise _cause(serving, publishing, following)
+                return await _drain(door, signals, told.result())
             finally:
-                for task in (serving, publishing, told):
+                for task in tasks:
                     task.cancel()
-                await asyncio.gather(serving, publishing, told, return_exceptions=True)
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _guards(settings: Settings) -> tuple[Access, grpc.ServerCredentials | None]:
+    """Read what tells callers and machines apart; raises StartError."""
+    try:
+        access = Access(settings.token_file)
+        if settings.tls_cert is None or settings.tls_key is None:
+            return access, None
+        files = TlsFiles(cert=settings.tls_cert, key=settings.tls_key, client_ca=settings.tls_client_ca)
+        return access, server_credentials(files)
+    except ValueError as error:
+        raise StartError(str(error)) from None
+
+
+async def _told_to_end(door: Door, signals: "_Signals") -> float:
+    """Wait for a signal or for Drain; return how long live requests may take, in seconds."""
+    number, asked = asyncio.ensure_future(signals.next()), asyncio.ensure_future(door.drain_requested.wait())
+    try:
+        await asyncio.wait({number, asked}, return_when=asyncio.FIRST_COMPLETED)
+        timeout = door.drain_timeout if not number.done() else None
+        return door.settings.shutdown_timeout if timeout is None else timeout
+    finally:
+        number.cancel()  # a signal from now on is the second
+        asked.cancel()
+        await asyncio.gather(number, asked, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager
-async def _listening(door: Door) -> AsyncIterator[tuple[HealthServicer, int]]:
+async def _listening(
+    door: Door, access: Access, credentials: grpc.ServerCredentials | None
+) -> AsyncIterator[tuple[HealthServicer, int]]:
     """A gRPC server for the length of a block; raises StartError if its port is taken."""
     settings = door.settings
-    interceptors = [CallMetrics(door.metrics), CallInterceptor(door.metrics)]
+    interceptors = [CallMetrics(door.metrics), CallInterceptor(door.metrics, access)]
     server = grpc.aio.server(interceptors=interceptors, options=CHANNEL_OPTIONS)
     health: HealthServicer = health_aio.HealthServicer()
     inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(door), server)
@@ -133,7 +170,8 @@ async def _listening(door: Door) -> AsyncIterator[tuple[HealthServicer, int]]:
     _require_free(settings.host, settings.port)
     try:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        port = server.add_insecure_port(f"{host}:{settings.port}")
+        address = f"{host}:{settings.port}"
+        port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError as error:
         raise StartError(f"port {settings.port} on {settings.host}: {error}") from None
     await server.start()

@@ -1,6 +1,7 @@
 """The `pressd` command: its verbs, and what a failure looks like. What a verb needs is imported when it runs."""
 
 import argparse
+import dataclasses
 import importlib.metadata
 import os
 import signal
@@ -40,17 +41,29 @@ def main(arguments: list[str] | None = None, *, engine: str = ENGINE) -> int:
 
 
 def run_serve(args: argparse.Namespace, engine: str) -> int:
-    """Serve a model until a signal."""
+    """Serve a model until a signal.
+
+    It is fetched and pressed, if that is asked for, before a port is bound: until then nobody can connect, and a probe
+    that is to tell a start from a failure must allow for it. What can be refused without the model is refused first.
+    """
+    from pressd.server import model_source, pressed_model
+
     try:
         told = settings.load(args)
         told.engine_config()
+        scheme = None if told.scheme is None else pressed_model.scheme_named(told.scheme)
     except ValueError as error:
         sys.stderr.write(f"pressd serve: {error}\n")
         return USAGE
     from pressd.server import app, logs
 
     logs.configure(told.log_level)
-    return app.run(told, _say, factory=engine)
+    model = model_source.find_model(told.model)
+    if scheme is not None:
+        with pressed_model.ended_by_sigterm():
+            name = model_source.default_name(told.model)
+            model = pressed_model.pressed(model, scheme, settings.pressed_models(), name=name)
+    return app.run(dataclasses.replace(told, model=model), _say, factory=engine)
 
 
 def _say(line: str) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import grpc
@@ -12,6 +12,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from pressd.server import measure
+from pressd.server.access import Access, Metadata
 from pressd.server.calls import CALL, Call
 from pressd.server.errors import Refusal, internal, invalid
 from pressd.server.fields import refuse_unsupported
@@ -29,38 +30,55 @@ log = logging.getLogger("pressd.calls")
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
-    """Handles the calls of pressd.v1; health and reflection pass untouched."""
+    """Handles the calls of pressd.v1. Reflection needs what they need to be let in; health is open to all."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, access: Access) -> None:
         self._metrics = metrics
+        self._access = access
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
         """Return the handler of a method, wrapped. Messages arrive as bytes, so that a malformed one is a bad field."""
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(OURS):
+        if handler is None:
             return handler
-        method = handler_call_details.method.rpartition("/")[2]
+        name: str = handler_call_details.method
+        if not name.startswith(OURS):
+            return self._guarded(name, handler, handler_call_details.invocation_metadata)
         behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
 
         async def handle(data: bytes, context: Context) -> Message | None:
-            return await self._handle(method, behaviour, handler.request_deserializer, data, context)
+            return await self._handle(name, behaviour, handler.request_deserializer, data, context)
 
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(handle, response_serializer=handler.response_serializer)
         return grpc.unary_unary_rpc_method_handler(handle, response_serializer=handler.response_serializer)
 
+    def _guarded(self, name: str, handler: Any, metadata: Metadata) -> Any:
+        """Return the handler, or one that refuses a caller without a token."""
+        try:
+            self._access.require(name, metadata)
+        except Refusal as error:
+            refusal = error
+
+            async def refuse(requests: Any, context: Context) -> None:
+                await context.abort(refusal.code, refusal.message, _trailers(refusal, ""))
+
+            return grpc.stream_stream_rpc_method_handler(refuse)  # as all of reflection are
+        return handler
+
     async def _handle(
-        self, method: str, behaviour: Behaviour, parse: Callable[[bytes], Message], data: bytes, context: Context
+        self, name: str, behaviour: Behaviour, parse: Callable[[bytes], Message], data: bytes, context: Context
     ) -> Message | None:
+        method = name.rpartition("/")[2]
         call = Call(request_id=secrets.token_hex(8), method=method, arrival=time.monotonic())
         CALL.set(call)
         code, reason = grpc.StatusCode.OK, ""
         try:
             try:
+                metadata = cast(Metadata, context.invocation_metadata() or ())
+                self._access.require(name, metadata)
                 request = _parse(parse, data)
-                call.request_id = request_id_of(
-                    request, cast(Iterable[tuple[str, str]], context.invocation_metadata() or ())
-                )
+                call.request_id = request_id_of(request, metadata)
                 refuse_unsupported(method, request)
                 return await behaviour(request, context)
             except Refusal:

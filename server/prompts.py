@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 from pressd.runtime.report import EngineInfo
 from pressd.server.asked import Asked, Prompt, TextPrompt, TokenPrompt
 from pressd.server.chat import ChatPrompt
-from pressd.server.chat_template import ChatError, UnusedFieldError
+from pressd.server.chat_template import ChatError, LongChatError, UnusedFieldError
 from pressd.server.errors import invalid, unsupported
 from pressd.server.model_card import ModelCard
 from pressd.server.text import Encoding, Text
@@ -65,9 +65,11 @@ async def encode(
             _check_length(prompt, len(prompt.text.encode()), most)
         return await desk.in_thread(lambda: text.encode(prompt.text, add_special_tokens=add_special_tokens))
     try:
-        return await desk.in_thread(lambda: text.encode_chat(prompt))
+        return await desk.in_thread(lambda: text.encode_chat(prompt, max_bytes=most if bounded else None))
     except UnusedFieldError as error:
         raise unsupported(f"{error.field}: {error}", error.field) from None
+    except LongChatError as error:
+        raise invalid(prompt.field, str(error), reason="PROMPT_TOO_LONG") from None
     except ChatError as error:
         raise invalid(prompt.field, str(error)) from None
 

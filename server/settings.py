@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pressd.runtime.config import DEVICES, DTYPES, DeviceName, DtypeName, EngineConfig, KernelPreference
+from pressd.server.model_source import default_name
 
 PREFIX = "PRESSD_"
 # What Kubernetes tells every pod about a service that is named pressd.
@@ -23,6 +24,7 @@ class Settings:
 
     model: Path
     served_name: str
+    scheme: str | None = None
     host: str = "127.0.0.1"
     port: int = 50051
     metrics_port: int = 9464
@@ -36,15 +38,39 @@ class Settings:
     max_queue_requests: int = 256
     max_queue_tokens: int = 262144
     shutdown_timeout: float = 25.0
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    token_file: Path | None = None
     insecure: bool = False
     log_level: str = "info"
 
     def __post_init__(self) -> None:
-        if not self.insecure and not _is_loopback(self.host):
+        if (self.tls_cert is None) != (self.tls_key is None):
+            missing = "--tls-key" if self.tls_key is None else "--tls-cert"
+            raise ValueError(f"a certificate and its key go together; give {missing} too")
+        if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError(
-                f"host {self.host} can be reached from other machines, and there is no encryption; "
-                "bind to 127.0.0.1, or accept it with --insecure"
+                "--tls-client-ca asks clients for certificates, which takes TLS; give --tls-cert too"
             )
+        if self.is_open and not self.insecure:
+            raise ValueError(
+                f"host {self.host} can be reached from other machines, and there is no {self.lacks}; give what is "
+                "missing, bind to 127.0.0.1, or accept it with --insecure"
+            )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether strangers can reach it and nothing keeps them out."""
+        return bool(self.lacks) and not _is_loopback(self.host)
+
+    @property
+    def lacks(self) -> str:
+        """What would keep strangers out and is not there; empty for nothing."""
+        found = [] if self.tls_cert else ["encryption (--tls-cert, --tls-key)"]
+        if not self.token_file and not self.tls_client_ca:
+            found.append("way to know who calls (--token-file or --tls-client-ca)")
+        return " and no ".join(found)
 
     def engine_config(self) -> EngineConfig:
         """What the engine is told; raises ValueError."""
@@ -65,6 +91,7 @@ class Option:
 
     parse: Callable[[str], object] = str
     metavar: str | None = None
+    short: str | None = None
     help: str
 
 
@@ -116,11 +143,18 @@ def _choice(*names: str) -> Callable[[str], str]:
 
 
 OPTIONS: dict[str, Option] = {
-    "model": Option(metavar="MODEL", help="artifact, or a Hugging Face model directory"),
-    "served_name": Option(metavar="NAME", help="name that requests use (the directory's name)"),
+    "model": Option(
+        metavar="MODEL", help="artifact, Hugging Face model directory, or an id on its hub: org/name[@revision]"
+    ),
+    "served_name": Option(metavar="NAME", help="name that requests use (the directory's name, or the id's last part)"),
+    "scheme": Option(
+        metavar="SCHEME",
+        short="-s",
+        help="press MODEL before it is served, such as w4a16g128; what comes out is kept in the user's cache",
+    ),
     "host": Option(help="address to listen on (127.0.0.1)"),
     "port": Option(parse=_port, help="gRPC port (50051; 0 takes any free one)"),
-    "metrics_port": Option(parse=_port, help="Prometheus port (9464; 0 takes any free one)"),
+    "metrics_port": Option(parse=_port, help="Prometheus port, always plain HTTP (9464; 0 takes any free one)"),
     "device": Option(parse=_choice(*DEVICES), help=f"{', '.join(DEVICES)} (auto)"),
     "dtype": Option(
         parse=_choice(*DTYPES), help=f"what layers compute in: {', '.join(DTYPES)} (auto: the model's own)"
@@ -137,7 +171,19 @@ OPTIONS: dict[str, Option] = {
     "max_queue_requests": Option(parse=_integer(0), help="most requests waiting for a place in the batch (256)"),
     "max_queue_tokens": Option(parse=_integer(1), help="most prompt tokens waiting (262144)"),
     "shutdown_timeout": Option(parse=_seconds, metavar="SECONDS", help="how long SIGTERM waits for requests (25)"),
-    "insecure": Option(parse=_boolean, help="listen on other addresses than loopback without encryption"),
+    "tls_cert": Option(parse=Path, metavar="FILE", help="certificate chain in PEM, read again when it changes"),
+    "tls_key": Option(parse=Path, metavar="FILE", help="its private key in PEM"),
+    "tls_client_ca": Option(
+        parse=Path, metavar="FILE", help="clients must show a certificate signed by one of these"
+    ),
+    "token_file": Option(
+        parse=Path,
+        metavar="FILE",
+        help="clients must send one of these tokens: a line each, `TOKEN` or `TOKEN admin`; read again when it changes",
+    ),
+    "insecure": Option(
+        parse=_boolean, help="listen on other addresses than loopback without encryption, or for everybody"
+    ),
     "log_level": Option(parse=_choice("debug", "info", "warning", "error"), help="debug, info, warning, error (info)"),
 }
 
@@ -151,7 +197,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         elif option.parse is _boolean:
             parser.add_argument(_flag(name), action="store_const", const="true", help=option.help)
         else:
-            parser.add_argument(_flag(name), metavar=option.metavar, help=option.help)
+            flags = [_flag(name)] if option.short is None else [option.short, _flag(name)]
+            parser.add_argument(*flags, metavar=option.metavar, help=option.help)
 
 
 def load(arguments: Namespace, environment: Mapping[str, str] = os.environ) -> Settings:
@@ -169,10 +216,15 @@ def load(arguments: Namespace, environment: Mapping[str, str] = os.environ) -> S
     # The types of values follow from OPTIONS, whose keys a test compares with the fields.
     values: dict[str, Any] = {name: _parse(name, origin, text) for name, (origin, text) in texts.items()}
     if "model" not in values:
-        raise ValueError("MODEL is missing; give the directory of an artifact or of a Hugging Face model")
+        raise ValueError("MODEL is missing; give the directory of an artifact or of a Hugging Face model, or a hub id")
     values["model"] = Path(values["model"])
-    values.setdefault("served_name", values["model"].resolve().name)
+    values.setdefault("served_name", default_name(values["model"]))
     return Settings(**values)
+
+
+def pressed_models(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder that keeps what `--scheme` has pressed: the place of caches that freedesktop.org gives."""
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pressd" / "pressed"
 
 
 def _flag(name: str) -> str:

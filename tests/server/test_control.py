@@ -5,7 +5,6 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -14,7 +13,7 @@ from pressd.runtime.artifact.schemes import parse_scheme
 from pressd.server.control import compression_methods
 from pressd.server.energy import EnergyMeter
 from pressd.server.fields import HONOURED
-from pressd.v1 import control_pb2, control_pb2_grpc, model_pb2
+from pressd.v1 import control_pb2, model_pb2
 
 pytestmark = pytest.mark.system
 
@@ -101,17 +100,6 @@ def test_server_tells_what_it_is(client: Client) -> None:
     assert info.state == control_pb2.SERVER_STATE_READY
     assert (info.engine_restarts, info.max_queue_requests) == (0, 256)
     assert info.started_at.seconds > 0
-
-
-@pytest.mark.parametrize("method", ["LoadModel", "UnloadModel"])
-def test_what_is_absent_says_so(parrot: Any, method: str) -> None:
-    request = GetMessageClass(control_pb2.DESCRIPTOR.services_by_name["Control"].methods_by_name[method].input_type)()
-    with grpc.insecure_channel(parrot.target) as channel:
-        call = getattr(control_pb2_grpc.ControlStub(channel), method)
-        with pytest.raises(grpc.RpcError) as caught:
-            list(call(request, timeout=60))
-    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
-    assert f"{method} is not in this build" in str(caught.value.details())
 
 
 def test_reflection_lists_the_services(parrot: Any) -> None:

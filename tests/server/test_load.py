@@ -10,6 +10,7 @@ import grpc.aio
 import pytest
 
 from pressd.client import CallError
+from pressd.server.access import Access
 from pressd.server.door import Door, Phase
 from pressd.server.interceptors import CallInterceptor
 from pressd.server.metrics import Metrics
@@ -213,7 +214,7 @@ def test_reader_that_does_not_read_is_dropped(scripted: Any, tmp_path: Path, mon
     async def main() -> tuple[Any, Door]:
         metrics = Metrics("endless")
         door = Door(Settings(model=model, served_name="endless"), metrics, "scripted_engine:create")
-        server = grpc.aio.server(interceptors=[CallInterceptor(metrics)])
+        server = grpc.aio.server(interceptors=[CallInterceptor(metrics, Access())])
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(door, slow_consumer=0.5), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

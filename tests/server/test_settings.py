@@ -25,9 +25,15 @@ FLAGS = {
     "--max-step-tokens",
     "--metrics-port",
     "--port",
+    "--scheme",
     "--served-name",
     "--shutdown-timeout",
     "--target-itl",
+    "--tls-cert",
+    "--tls-client-ca",
+    "--tls-key",
+    "--token-file",
+    "-s",
 }
 
 
@@ -50,6 +56,7 @@ def test_every_flag_is_a_variable_and_a_key(tmp_path: Path) -> None:
     texts = {
         "model": "here",
         "served_name": "name",
+        "scheme": "w8a8",
         "host": "::1",
         "port": "1",
         "metrics_port": "2",
@@ -63,6 +70,10 @@ def test_every_flag_is_a_variable_and_a_key(tmp_path: Path) -> None:
         "max_queue_requests": "6",
         "max_queue_tokens": "7",
         "shutdown_timeout": "8.5",
+        "tls_cert": "cert.pem",
+        "tls_key": "key.pem",
+        "tls_client_ca": "ca.pem",
+        "token_file": "tokens",
         "insecure": "true",
         "log_level": "debug",
     }
@@ -92,6 +103,12 @@ def test_flag_wins_over_environment_wins_over_file(tmp_path: Path) -> None:
 
 def test_served_name_is_the_directorys(tmp_path: Path) -> None:
     assert load(str(tmp_path / "folder" / "..")).served_name == tmp_path.name
+    assert load("org/name@v1.0", "-s", "w4a16").served_name == "name"
+
+
+def test_what_is_pressed_is_kept_with_other_caches(tmp_path: Path) -> None:
+    assert settings.pressed_models({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "pressd/pressed"
+    assert settings.pressed_models({"XDG_CACHE_HOME": ""}) == Path.home() / ".cache/pressd/pressed"
 
 
 @pytest.mark.parametrize(
@@ -140,6 +157,39 @@ def test_what_kubernetes_says_about_a_service_named_pressd_is_no_typo() -> None:
 def test_other_hosts_are_bound_when_that_is_accepted() -> None:
     assert load("m", "--host", "0.0.0.0", "--insecure").host == "0.0.0.0"
     assert load("m", "--host", "127.3.2.1").host == "127.3.2.1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ((), "no encryption .* and no way to know who calls"),
+        (("--tls-cert", "c", "--tls-key", "k"), "there is no way to know who calls"),
+        (("--token-file", "t"), "there is no encryption .*; give what is missing"),
+        (("--tls-cert", "c", "--tls-key", "k", "--token-file", "t"), None),
+        (("--tls-cert", "c", "--tls-key", "k", "--tls-client-ca", "a"), None),
+    ],
+)
+def test_other_hosts_need_encryption_and_callers_that_are_known(flags: tuple[str, ...], complaint: str | None) -> None:
+    if complaint is None:
+        assert not load("m", "--host", "0.0.0.0", *flags).is_open
+        return
+    with pytest.raises(ValueError, match=complaint):
+        load("m", "--host", "0.0.0.0", *flags)
+    assert load("m", "--host", "0.0.0.0", "--insecure", *flags).is_open
+    assert not load("m", *flags).is_open  # nobody else can reach it
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (("--tls-cert", "c"), "give --tls-key too"),
+        (("--tls-key", "k"), "give --tls-cert too"),
+        (("--tls-client-ca", "a"), "give --tls-cert too"),
+    ],
+)
+def test_parts_of_tls_go_together(flags: tuple[str, ...], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        load("m", *flags)
 
 
 def test_bounds_of_the_engine_are_its_own() -> None:

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from pressd.server.asked import Message
-from pressd.server.text import ChatError, Text, byte_offsets, bytes_of_tokens
+from pressd.server.chat import ChatPrompt, Message
+from pressd.server.chat_template import ChatError
+from pressd.server.text import Text, byte_offsets, bytes_of_tokens
 
 BYTE_LEVEL = Tokenizer(models.BPE(vocab={t: n for n, t in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]))
 BYTE_LEVEL.decoder = decoders.ByteLevel()
@@ -88,14 +89,14 @@ def test_special_tokens_are_left_out_unless_asked_for(text: Text) -> None:
 
 
 def test_chat_is_rendered_by_the_models_template(text: Text) -> None:
-    encoding = text.encode_chat([Message(role="user", content="hello")])
+    encoding = text.encode_chat(ChatPrompt(messages=(Message(role="user", content="hello"),)))
     assert encoding.text == "user: hello\nassistant:"
     assert text.decode(encoding.ids) == encoding.text
 
 
 def test_chat_that_the_template_refuses(text: Text) -> None:
     with pytest.raises(ChatError, match="robots do not talk"):
-        text.encode_chat([Message(role="robot", content="beep")])
+        text.encode_chat(ChatPrompt(messages=(Message(role="robot", content="beep"),)))
 
 
 def test_model_without_a_template_says_so(echo_text: Path, tmp_path: Path) -> None:
@@ -107,4 +108,4 @@ def test_model_without_a_template_says_so(echo_text: Path, tmp_path: Path) -> No
     assert loaded is not None
     assert not loaded.has_chat_template
     with pytest.raises(ChatError, match="no chat template; send a prompt"):
-        loaded.encode_chat([Message(role="user", content="hello")])
+        loaded.encode_chat(ChatPrompt(messages=(Message(role="user", content="hello"),)))

@@ -274,7 +274,7 @@ def test_every_series_follows_from_what_was_called(caller: Caller) -> None:
     truth.check(caller.settle())
     refusals_and_cancels(caller)
     truth.check(caller.settle())
-    assert caller.reasons >= {"queue_full", "too_long", "kv_capacity", "queue_timeout"}
+    assert caller.reasons == {"queue_full", "too_long", "kv_capacity", "queue_timeout", "auth"}
     assert {phase for (phase,) in truth.counts[m.CANCELLED]} == {"queued", "decode"}
     started = counts(samples := samples_of(server.families()), m.CALLS_STARTED)
     handled = counts(samples, m.CALLS_HANDLED)
@@ -312,6 +312,8 @@ def other_calls(caller: Caller) -> None:
     caller.refused(f"{INFERENCE}/Cancel", lambda: caller.inference.Cancel(unknown, timeout=TIMEOUT))
     text = tokens_pb2.TokenizeRequest(text="x")
     caller.refused(f"{INFERENCE}/Tokenize", lambda: caller.inference.Tokenize(text, timeout=TIMEOUT))
+    flush = control_pb2.FlushPrefixCacheRequest()
+    caller.refused(f"{CONTROL}/FlushPrefixCache", lambda: caller.control.FlushPrefixCache(flush, timeout=TIMEOUT))
     assert caller.health.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT).status
     truth.call(f"{HEALTH}/Check")
     with pytest.raises(grpc.RpcError, match="NOT_FOUND"):
