@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
-import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -24,9 +24,9 @@ from pressd.server.call_metrics import CallMetrics
 from pressd.server.control import ControlServicer
 from pressd.server.credentials import TlsFiles, server_credentials
 from pressd.server.door import Door, Phase
+from pressd.server.ending import Ending, drain
 from pressd.server.energy import EnergyMeter
 from pressd.server.engine_client import EngineStartError
-from pressd.server.errors import unavailable
 from pressd.server.interceptors import CallInterceptor
 from pressd.server.servicer import InferenceServicer
 from pressd.server.settings import Settings
@@ -36,9 +36,8 @@ log = logging.getLogger("pressd.app")
 
 TERMINATION_LOG = Path("/dev/termination-log")
 READY = "pressd.v1.Inference"
-# Seconds between two looks at the watchdog, for aborted requests to send their status, and for the last bytes out.
+# Seconds between two looks at the watchdog, and for the last bytes out.
 WATCH_INTERVAL = 5.0
-ABORT_GRACE = 2.0
 LAST_BYTES_GRACE = 0.5
 
 
@@ -60,9 +59,10 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_connection_age_ms", 1_800_000),
     ("grpc.max_connection_age_grace_ms", 3_600_000),
     ("grpc.max_concurrent_streams", 1024),
-    # Metadata are a token and a few names; whoever does not finish a handshake is dropped.
+    # Metadata are a token and a few names. Between two different limits gRPC refuses at random.
     ("grpc.max_metadata_size", 16 << 10),
-    ("grpc.absolute_max_metadata_size", 32 << 10),
+    ("grpc.absolute_max_metadata_size", 16 << 10),
+    # Whoever has not said hello by then, in TLS or HTTP/2, is dropped.
     ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.so_reuseport", 0),
 )
@@ -88,21 +88,32 @@ def run(
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(settings, announce, factory))
     except Exception as error:
-        if termination_log.exists():
-            termination_log.write_text(f"{error}\n", encoding="utf-8")
+        _leave_word(error, termination_log)
         raise
 
 
+def _leave_word(error: Exception, termination_log: Path) -> None:
+    """Write why it ended where Kubernetes looks; what cannot be written there must not hide the reason itself."""
+    if termination_log.exists():
+        text = str(error) if isinstance(error, StartError) else f"{type(error).__name__}: {error}"
+        try:
+            termination_log.write_text(f"{text}\n", encoding="utf-8")
+        except OSError as trouble:
+            log.warning(
+                "the cause of death is not written", extra={"file": str(termination_log), "cause": str(trouble)}
+            )
+
+
 async def _serve(settings: Settings, announce: Callable[[str], None], factory: str) -> int:
-    signals = _Signals()
     metrics = m.Metrics(settings.served_name)
+    door = Door(settings, metrics, factory)
+    ending = Ending(door)
     with contextlib.ExitStack() as stack:  # the metrics port closes last
         try:
             metrics_port = stack.enter_context(m.exposed(metrics, settings.host, settings.metrics_port))
         except OSError as error:
             raise StartError(f"metrics port {settings.metrics_port} on {settings.host}: {error.strerror}") from None
         access, credentials = _guards(settings)
-        door = Door(settings, metrics, factory)
         async with _listening(door, access, credentials) as (health, port):
             if settings.is_open:
                 log.warning("strangers can reach it", extra={"host": settings.host, "there_is_no": settings.lacks})
@@ -110,13 +121,13 @@ async def _serve(settings: Settings, announce: Callable[[str], None], factory: s
             serving = asyncio.ensure_future(door.run())
             publishing = asyncio.ensure_future(_publish(door, health, announce))
             following = asyncio.ensure_future(access.follow())
-            told = asyncio.ensure_future(_told_to_end(door, signals))
+            told = asyncio.ensure_future(ending.told())
             tasks = (serving, publishing, following, told)
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 if not told.done():
                     raise _cause(serving, publishing, following)
-                return await _drain(door, signals, told.result())
+                return await drain(door, ending)
             finally:
                 for task in tasks:
                     task.cancel()
@@ -133,19 +144,6 @@ def _guards(settings: Settings) -> tuple[Access, grpc.ServerCredentials | None]:
         return access, server_credentials(files)
     except ValueError as error:
         raise StartError(str(error)) from None
-
-
-async def _told_to_end(door: Door, signals: "_Signals") -> float:
-    """Wait for a signal or for Drain; return how long live requests may take, in seconds."""
-    number, asked = asyncio.ensure_future(signals.next()), asyncio.ensure_future(door.drain_requested.wait())
-    try:
-        await asyncio.wait({number, asked}, return_when=asyncio.FIRST_COMPLETED)
-        timeout = door.drain_timeout if not number.done() else None
-        return door.settings.shutdown_timeout if timeout is None else timeout
-    finally:
-        number.cancel()  # a signal from now on is the second
-        asked.cancel()
-        await asyncio.gather(number, asked, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager
@@ -188,7 +186,9 @@ def _require_free(host: str, port: int) -> None:
         with socket.create_server(address[:2], family=family):
             pass
     except OSError as error:
-        raise StartError(f"port {port} on {host}: {error.strerror}; is another server running there?") from None
+        hint = "; is another server running there?" if error.errno == errno.EADDRINUSE else ""
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # Python repeats the address behind it
+        raise StartError(f"port {port} on {host}: {reason}{hint}") from None
 
 
 async def _publish(door: Door, health: HealthServicer, announce: Callable[[str], None]) -> None:
@@ -209,39 +209,6 @@ async def _publish(door: Door, health: HealthServicer, announce: Callable[[str],
             async with asyncio.timeout(WATCH_INTERVAL):
                 await door.changed.wait()
         door.changed.clear()
-
-
-async def _drain(door: Door, signals: "_Signals", timeout: float) -> int:
-    """Let live requests finish, then end the rest with a status; a second signal ends at once."""
-    log.info("draining", extra={"live": len(door.live), "timeout_s": timeout})
-    door.drain()
-    idle, again = asyncio.ensure_future(door.live.idle.wait()), asyncio.ensure_future(signals.next())
-    try:
-        await asyncio.wait({idle, again}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if again.done():
-            log.warning("told twice; ending at once", extra={"live": len(door.live)})
-            return 128 + again.result()
-        if not idle.done():
-            log.warning("ending live requests", extra={"live": len(door.live)})
-            message = "the server shut down before the request was done; ask another one"
-            door.live.fail_all(unavailable("DRAIN_TIMEOUT", message, retry_after=0.0))
-            await asyncio.wait({idle}, timeout=ABORT_GRACE)
-        return 0
-    finally:
-        idle.cancel()
-        again.cancel()
-
-
-class _Signals:
-    """SIGTERM and SIGINT, one after another."""
-
-    def __init__(self) -> None:
-        self._queue: asyncio.Queue[int] = asyncio.Queue()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._queue.put_nowait, int(number))
-
-    async def next(self) -> int:
-        return await self._queue.get()
 
 
 def start_line(info: EngineInfo) -> str:

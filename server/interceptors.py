@@ -20,7 +20,7 @@ from pressd.server.metrics import Metrics
 from pressd.server.translate import request_id_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Behaviour = Callable[[Message, Context], Awaitable[Message | None]]
+Answer = Callable[[Call], Awaitable[Message | None]]
 
 OURS = "/pressd.v1."
 # A deadline begins when the client calls, so its clock runs out first and what we see is a dropped call. Seconds.
@@ -41,46 +41,49 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
-        name: str = handler_call_details.method
-        if not name.startswith(OURS):
-            return self._guarded(name, handler, handler_call_details.invocation_metadata)
+        path: str = handler_call_details.method
+        method = path.rpartition("/")[2]
+        try:
+            self._access.require(path, handler_call_details.invocation_metadata or ())
+        except Refusal as refusal:
+            return self._refusing(method, refusal)
+        if not path.startswith(OURS):
+            return handler
         behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
 
         async def handle(data: bytes, context: Context) -> Message | None:
-            return await self._handle(name, behaviour, handler.request_deserializer, data, context)
+            async def answer(call: Call) -> Message | None:
+                request = _parse(handler.request_deserializer, data)
+                call.request_id = request_id_of(request, cast(Metadata, context.invocation_metadata() or ()))
+                refuse_unsupported(method, request)
+                response: Message | None = await behaviour(request, context)
+                return response
+
+            return await self._handle(method, answer, context)
 
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(handle, response_serializer=handler.response_serializer)
         return grpc.unary_unary_rpc_method_handler(handle, response_serializer=handler.response_serializer)
 
-    def _guarded(self, name: str, handler: Any, metadata: Metadata) -> Any:
-        """Return the handler, or one that refuses a caller without a token."""
-        try:
-            self._access.require(name, metadata)
-        except Refusal as error:
-            refusal = error
+    def _refusing(self, method: str, refusal: Refusal) -> Any:
+        """Return a handler that refuses a call before its message is read: a stranger's is not worth any memory."""
 
-            async def refuse(requests: Any, context: Context) -> None:
-                await context.abort(refusal.code, refusal.message, _trailers(refusal, ""))
+        async def refuse(requests: Any, context: Context) -> None:
+            async def answer(call: Call) -> None:
+                raise refusal
 
-            return grpc.stream_stream_rpc_method_handler(refuse)  # as all of reflection are
-        return handler
+            await self._handle(method, answer, context)
 
-    async def _handle(
-        self, name: str, behaviour: Behaviour, parse: Callable[[bytes], Message], data: bytes, context: Context
-    ) -> Message | None:
-        method = name.rpartition("/")[2]
+        # Whatever kind the method is of: this one waits for no message.
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    async def _handle(self, method: str, answer: Answer, context: Context) -> Message | None:
         call = Call(request_id=secrets.token_hex(8), method=method, arrival=time.monotonic())
         CALL.set(call)
         code, reason = grpc.StatusCode.OK, ""
         try:
             try:
-                metadata = cast(Metadata, context.invocation_metadata() or ())
-                self._access.require(name, metadata)
-                request = _parse(parse, data)
-                call.request_id = request_id_of(request, metadata)
-                refuse_unsupported(method, request)
-                return await behaviour(request, context)
+                return await answer(call)
             except Refusal:
                 raise
             except Exception as error:

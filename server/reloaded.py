@@ -15,8 +15,8 @@ log = logging.getLogger("pressd.files")
 class Reloaded(Generic[T]):
     """What `read` makes of files; it raises ValueError for what it cannot read, at first here and later never.
 
-    A change to something that cannot be read leaves the last good value in use and is logged once. Refresh from one
-    thread at a time.
+    A change to something that cannot be read leaves the last good value in use; each new complaint is logged once.
+    Refresh from one thread at a time.
     """
 
     def __init__(self, what: str, paths: Sequence[Path], read: Callable[[], T]) -> None:
@@ -24,6 +24,7 @@ class Reloaded(Generic[T]):
         self._paths = tuple(paths)
         self._read = read
         self._seen = self._stamps()
+        self._complaint = ""
         self.value = read()
 
     def refresh(self) -> bool:
@@ -31,13 +32,16 @@ class Reloaded(Generic[T]):
         stamps = self._stamps()
         if stamps == self._seen:
             return False
-        self._seen = stamps
         try:
             value = self._read()
-        except ValueError as error:
-            if self._stamps() == stamps:  # else they are just being replaced, and the next look will tell
-                log.error("changed files are not used", extra={"what": self._what, "cause": str(error)})
+        except (ValueError, OSError) as error:
+            # The next look tries again: the trouble may be passing, like a process without free descriptors.
+            is_news = str(error) != self._complaint and self._stamps() == stamps  # else they are just being replaced
+            if is_news:
+                self._complaint = str(error)
+                log.error("changed files are not used", extra={"what": self._what, "cause": self._complaint})
             return False
+        self._seen, self._complaint = stamps, ""
         if value == self.value:
             return False
         self.value = value

@@ -46,13 +46,13 @@ class Settings:
     log_level: str = "info"
 
     def __post_init__(self) -> None:
+        if self.port == self.metrics_port != 0:
+            raise ValueError(f"--port and --metrics-port are both {self.port}; give one of them another")
         if (self.tls_cert is None) != (self.tls_key is None):
             missing = "--tls-key" if self.tls_key is None else "--tls-cert"
             raise ValueError(f"a certificate and its key go together; give {missing} too")
         if self.tls_client_ca is not None and self.tls_cert is None:
-            raise ValueError(
-                "--tls-client-ca asks clients for certificates, which takes TLS; give --tls-cert too"
-            )
+            raise ValueError("--tls-client-ca asks clients for certificates, which takes TLS; give --tls-cert too")
         if self.is_open and not self.insecure:
             raise ValueError(
                 f"host {self.host} can be reached from other machines, and there is no {self.lacks}; give what is "
@@ -173,9 +173,7 @@ OPTIONS: dict[str, Option] = {
     "shutdown_timeout": Option(parse=_seconds, metavar="SECONDS", help="how long SIGTERM waits for requests (25)"),
     "tls_cert": Option(parse=Path, metavar="FILE", help="certificate chain in PEM, read again when it changes"),
     "tls_key": Option(parse=Path, metavar="FILE", help="its private key in PEM"),
-    "tls_client_ca": Option(
-        parse=Path, metavar="FILE", help="clients must show a certificate signed by one of these"
-    ),
+    "tls_client_ca": Option(parse=Path, metavar="FILE", help="clients must show a certificate signed by one of these"),
     "token_file": Option(
         parse=Path,
         metavar="FILE",

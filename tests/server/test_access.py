@@ -1,6 +1,8 @@
 """Who may call: tokens in a file, and what needs one that is an admin's."""
 
-from collections.abc import Callable
+import re
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +75,10 @@ def test_without_an_admin_there_is_nothing_for_one_to_do(tmp_path: Path, method:
     Access().require(GENERATE, ())
 
 
-def test_the_admins_methods_exist() -> None:
-    methods = control_pb2.DESCRIPTOR.services_by_name["Control"].methods_by_name
-    assert {name.rpartition("/")[2] for name in ADMIN} <= set(methods)
+def test_what_needs_an_admin_is_what_the_promise_says() -> None:
+    promise = (Path(__file__).parent.parent.parent / "protos/pressd/v1/control.proto").read_text()
+    told = re.findall(r"Needs the admin token\.\n\s*rpc (\w+)", promise)
+    assert sorted(ADMIN) == sorted(f"/pressd.v1.Control/{name}" for name in told)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +147,25 @@ def test_the_server_keeps_strangers_out(guarded: Any) -> None:
         assert len(list(stub.ServerReflectionInfo(iter([ask]), metadata=bearer(USER), timeout=60))) == 1
     text = guarded.log_text()
     assert not any(token in text for token in (USER, ADMIN_TOKEN, LATER))
+
+
+@pytest.mark.system
+def test_a_stranger_is_refused_before_his_message_is_read(guarded: Any) -> None:
+    answered = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        answered.wait()
+        yield from ()
+
+    with grpc.insecure_channel(guarded.target) as channel:
+        for method in (GENERATE, FLUSH):
+            try:
+                with pytest.raises(grpc.RpcError) as caught:
+                    channel.stream_unary(method)(nothing(), timeout=60)
+            finally:
+                answered.set()
+            assert CallError(caught.value).reason == "TOKEN"
+            answered.clear()
 
 
 @pytest.mark.system

@@ -271,3 +271,10 @@ def test_cause_of_death_is_left_where_kubernetes_looks(tmp_path: Path, monkeypat
             app.run(settings, print, factory="scripted_engine:create", termination_log=note)
         assert note.exists() == exists
     assert note.read_text() == f"{tmp_path / 'absent'} has no script.json; write one\n"
+    with pytest.raises(app.StartError, match=r"has no script\.json"):  # and not what is wrong with the directory
+        app.run(settings, print, factory="scripted_engine:create", termination_log=tmp_path)
+
+
+def test_only_a_taken_port_is_said_to_be_taken() -> None:
+    with pytest.raises(app.StartError, match=r"^port 0 on 192\.0\.2\.1: Cannot assign requested address$"):
+        app._require_free("192.0.2.1", 0)  # an address that is nobody's

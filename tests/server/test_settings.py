@@ -96,7 +96,7 @@ def test_every_flag_is_a_variable_and_a_key(tmp_path: Path) -> None:
 
 def test_flag_wins_over_environment_wins_over_file(tmp_path: Path) -> None:
     file = tmp_path / "serve.toml"
-    file.write_text("model = 'm'\nport = 1\nmetrics_port = 1\nmax_batch = 1\ninsecure = true\n")
+    file.write_text("model = 'm'\nport = 1\nmetrics_port = 9\nmax_batch = 1\ninsecure = true\n")
     loaded = load("--port", "3", PRESSD_CONFIG=str(file), PRESSD_PORT="2", PRESSD_METRICS_PORT="2")
     assert (loaded.port, loaded.metrics_port, loaded.max_batch, loaded.insecure) == (3, 2, 1, True)
 
@@ -125,6 +125,7 @@ def test_what_is_pressed_is_kept_with_other_caches(tmp_path: Path) -> None:
         (("m", "--host", "0.0.0.0"), {}, "host 0.0.0.0 can be reached from other machines"),
         (("m", "--host", "example.org"), {}, "accept it with --insecure"),
         (("m", "--config", "absent.toml"), {}, "--config absent.toml"),
+        (("m", "--port", "9464"), {}, "--port and --metrics-port are both 9464; give one"),
         (("m",), {"PRESSD_PROT": "1"}, "PRESSD_PROT in the environment is not a setting"),
         (("m",), {"PRESSD_PORT": "tcp://10.0.0.1:50051"}, "disable enableServiceLinks"),
         (("m",), {"PRESSD_INSECURE": "yes"}, "PRESSD_INSECURE is 'yes'; give true or false"),
