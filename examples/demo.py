@@ -1,4 +1,4 @@
-"""Press the example model, measure what that cost, serve it, stream from it, stop. Every number shown is measured here.
+"""Press the example model, measure what that cost, serve it, stream from it, crowd it, stop. Every number is measured.
 
 python examples/demo.py   # what `make demo` runs
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from pressd.client import AsyncClient, CallError
+from pressd.client import AsyncClient, CallError, Client
 from pressd.compress import compress
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +34,16 @@ DENSE, SCHEMES, STREAMED = "bf16", ("w8a8", "w4a16g128"), "w4a16g128"
 PROMPTS = {"A": "def read_config(path):", "B": "class Queue:\n    def __init__(self, maxsize=0):"}
 # One seed draws one noise whatever the model: texts part where a model's own preference changes, not by chance.
 NEW_TOKENS, TEMPERATURE, SEED = 64, 0.6, 1
+# A crowd for the live metrics: so many clients at once. They are read at growing intervals, seldom where it is slow.
+CROWD, CROWD_TOKENS, GLANCE_SECONDS, GLANCE_GROWTH = 16, 48, 0.2, 1.4
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "size": {"enum": [1, 2, 4]}},
+    "required": ["name", "size"],
+    "additionalProperties": False,
+}
+# Not in the model's training text; what a model makes of it is asked over the wire.
+SCORED = "for line in reversed(lines):\n    total += len(line)\n"
 RAW_METRICS = tuple(f"pressd_{name}" for name in ("requests_total", "generated_tokens_total", "model_weights_bytes"))
 START_SECONDS, CALL_SECONDS, STOP_SECONDS = 120.0, 60.0, 40.0
 MIB = 1 << 20
@@ -68,10 +78,16 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What a model did with both prompts at once, and what its server exported."""
+    """What a model did with both prompts at once and with a crowd, and what its server exported.
+
+    `logprob` is what it gives each token of SCORED in the mean, `answer` what it says under SCHEMA.
+    """
 
     completions: dict[str, Completion]
     tokens_per_second: float
+    crowd_tokens_per_second: float
+    logprob: float
+    answer: str
     metrics: str
 
     @property
@@ -119,11 +135,53 @@ def serve(model: Pressed) -> Served:
     """Start `pressd serve` on free ports, stream both prompts from it at once, read its metrics, and end it."""
     port, metrics_port = free_ports(2)
     with running(model, port, metrics_port):
-        completions, seconds = asyncio.run(stream_all(f"127.0.0.1:{port}", aloud=model.scheme == STREAMED))
-        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=CALL_SECONDS) as response:
-            metrics = response.read().decode()
+        target = f"127.0.0.1:{port}"
+        completions, seconds = asyncio.run(stream_all(target, aloud=model.scheme == STREAMED))
+        crowd_rate = asyncio.run(crowd(target, metrics_port))
+        with Client(target, timeout=CALL_SECONDS) as client:
+            score = client.score(SCORED)
+            answer = client.generate("# settings\n", json_schema=SCHEMA, temperature=0.0, max_new_tokens=NEW_TOKENS)
+        metrics = read_metrics(metrics_port)
     num_tokens = sum(completion.num_tokens for completion in completions.values())
-    return Served(completions=completions, tokens_per_second=num_tokens / seconds, metrics=metrics)
+    return Served(
+        completions=completions,
+        tokens_per_second=num_tokens / seconds,
+        crowd_tokens_per_second=crowd_rate,
+        logprob=score.total_logprob / len(score.logprobs),
+        answer=answer.completions[0].text,
+        metrics=metrics,
+    )
+
+
+async def crowd(target: str, metrics_port: int) -> float:
+    """Have many clients ask at once and show the server's metrics meanwhile; returns tokens a second of all."""
+    async with AsyncClient(target, timeout=CALL_SECONDS) as client:
+        began = time.monotonic()
+        asked = {"temperature": TEMPERATURE, "max_new_tokens": CROWD_TOKENS, "ignore_eos": True}
+        answers = asyncio.gather(*(client.generate(f"# {number}\n", **asked) for number in range(CROWD)))
+        pause = GLANCE_SECONDS
+        while not (await asyncio.wait({answers}, timeout=pause))[0]:
+            pause *= GLANCE_GROWTH
+            metrics = await asyncio.to_thread(read_metrics, metrics_port)
+            print(f"  {time.monotonic() - began:4.1f} s  {glance(metrics)}", flush=True)
+        await answers
+        return CROWD * CROWD_TOKENS / (time.monotonic() - began)
+
+
+def read_metrics(port: int) -> str:
+    """What a server exports now."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=CALL_SECONDS) as response:
+        text: str = response.read().decode()
+    return text
+
+
+def glance(metrics: str) -> str:
+    """A line of what matters while a server is busy."""
+    samples = (sample for family in text_string_to_metric_families(metrics) for sample in family.samples)
+    values = {sample.name: sample.value for sample in samples}
+    names = ("requests_running", "requests_waiting", "kv_cache_usage_ratio", "generated_tokens_total")
+    running, waiting, usage, tokens = (values.get(f"pressd_{name}", 0.0) for name in names)
+    return f"running {running:.0f}  waiting {waiting:.0f}  KV {usage:.1%}  tokens so far {tokens:.0f}"
 
 
 @contextlib.contextmanager
@@ -225,10 +283,10 @@ QUALITY_HEADS = ["scheme", "MiB", "ratio", "bpw", "perplexity", "KL", "top-1"]
 
 def table(models: list[Pressed], served: list[Served]) -> Iterator[str]:
     """Lines of the table on screen."""
-    rows = [[*QUALITY_HEADS, "tokens/s", "TTFT ms", "MiB in memory"]]
+    rows = [[*QUALITY_HEADS, "tokens/s", f"with {CROWD}", "TTFT ms", "MiB in memory"]]
     for model, seen in zip(models, served, strict=True):
         ttft = max(completion.ttft_seconds for completion in seen.completions.values())
-        speed = [f"{seen.tokens_per_second:.0f}", f"{1000 * ttft:.0f}"]
+        speed = [f"{seen.tokens_per_second:.0f}", f"{seen.crowd_tokens_per_second:.0f}", f"{1000 * ttft:.0f}"]
         rows.append([*quality_cells(model), *speed, f"{seen.weights_bytes / MIB:.2f}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -248,13 +306,16 @@ def demonstrate(tokens: int) -> None:
     models.insert(0, Pressed(scheme=DENSE, path=SOURCE, weight_bytes=size, perplexity=source_perplexity))
     served: list[Served] = []
     for model in models:
-        print(f"\nserving {model.path.relative_to(ROOT)} ({model.scheme}), two prompts at once")
+        print(f"\nserving {model.path.relative_to(ROOT)} ({model.scheme}): two prompts at once, then {CROWD} clients")
         served.append(serve(model))
     by_scheme = {model.scheme: seen for model, seen in zip(models, served, strict=True)}
     for label, prompt in PROMPTS.items():
         print(f"\nafter {prompt.strip()!r}: {DENSE} on the left, {STREAMED} on the right")
         left, right = (by_scheme[scheme].completions[label] for scheme in (DENSE, STREAMED))
         print(*side_by_side(left, right), sep="\n")
+    print("\nasked over gRPC: log-likelihood of one text, and an object that must follow a schema")
+    for model, seen in zip(models, served, strict=True):
+        print(f"  {model.scheme:>10}  {seen.logprob:.4f} nats a token  {' '.join(seen.answer.split())}")
     print(f"\nsome of what the server of {STREAMED} exported")
     lines = by_scheme[STREAMED].metrics.splitlines()
     print(*(f"  {line}" for line in lines if line.startswith(RAW_METRICS)), sep="\n")

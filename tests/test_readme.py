@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pressd.client import messages
-from pressd.client.messages import GenerateOptions
+from pressd.client.options import GenerateOptions
 from pressd.server import cli
 
 ROOT = Path(__file__).parent.parent

@@ -31,11 +31,12 @@ def progress(label: str, clock: Callable[[], float] = time.monotonic) -> Callabl
 
 def one(found: Mapping[str, Any]) -> str:
     """The figures of one target: totals in a sentence, latencies in a table."""
-    rate, host = _number(found["output_tokens_per_s"]), _number(found.get("host_ms_per_step"), 2)
+    rate = _number(found["output_tokens_per_s"])
+    host = f"; host {_number(found['host_ms_per_step'], 2)} ms a step" if "host_ms_per_step" in found else ""
     lines = [
         f"{found['requests']} requests ({found['errors']} failed), {found['output_tokens']:,} tokens in "
-        f"{found['wall_s']:.2f} s: {rate} tokens/s; host {host} ms a step",
-        *_aligned(
+        f"{found['wall_s']:.2f} s: {rate} tokens/s{host}",
+        *aligned(
             [("ms", *(f"p{share}" for share in PERCENTILES))]
             + [(name.removesuffix("_ms"), *map(_number, found[name].values())) for name in LATENCIES]
         ),
@@ -71,7 +72,7 @@ def several(rows: Sequence[Mapping[str, Any]]) -> str:
             _number(row.get("host_ms_per_step"), 2),
         ]
         table.append(tuple(cells))
-    return "".join(f"{line}\n" for line in _aligned(table))
+    return "".join(f"{line}\n" for line in aligned(table))
 
 
 def rates(runs: Sequence[Run]) -> list[float]:
@@ -83,7 +84,8 @@ def _number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of one length as lines whose columns are flush, the first on the left, the others on the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()

@@ -1,7 +1,7 @@
 """The client for asyncio."""
 
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -9,76 +9,168 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from pressd.client.connection import DEFAULT_TARGET, Connection, Tls
 from pressd.client.errors import CallError
-from pressd.client.messages import DEFAULT_TARGET, GenerateOptions, Prompt, generate_request, tokenize_request
-from pressd.v1 import control_pb2, control_pb2_grpc, generate_pb2, inference_pb2_grpc, model_pb2, tokens_pb2
+from pressd.client.messages import Message, Prompt, generate_request, score_request, tokenize_request
+from pressd.client.options import GenerateOptions
+from pressd.client.retry import DEFAULT_RETRY, NO_RETRY, Attempts, Retry
+from pressd.v1 import (
+    control_pb2,
+    control_pb2_grpc,
+    generate_pb2,
+    inference_pb2_grpc,
+    load_pb2,
+    model_pb2,
+    score_pb2,
+    tokens_pb2,
+)
+
+READINESS = "pressd.v1.Inference"
 
 
 class AsyncClient:
-    """Talks to one server. Every call may take `timeout` seconds, also while it waits; failures are CallError."""
+    """Client for the tasks of one event loop: what cancels a task that waits for a call cancels the call.
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, timeout: float | None = None) -> None:
-        self._channel = grpc.aio.insecure_channel(target)
+    `timeout` is in seconds, for each call with all its attempts and its time in the queue; every method takes another
+    one, and the two that watch have none of their own accord. `retry` says which failures are tried again (see Retry),
+    None that none is. `token` goes over TLS, to this machine, or anywhere with `plaintext_token`. Raises ValueError.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout: float | None = None,
+        retry: Retry | None = DEFAULT_RETRY,
+        tls: Tls | bool = False,
+        token: str | None = None,
+        plaintext_token: bool = False,
+    ) -> None:
+        connection = Connection.to(target, tls=tls, token=token, plaintext_token=plaintext_token)
+        if connection.credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, connection.options)
+        else:
+            self._channel = grpc.aio.secure_channel(target, connection.credentials, connection.options)
+        self._metadata = connection.metadata
         self._timeout = timeout
+        self._retry = retry or NO_RETRY
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._control = control_pb2_grpc.ControlStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
-    async def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> generate_pb2.GenerateResponse:
-        """Return the whole completion as a GenerateResponse."""
-        answer: generate_pb2.GenerateResponse = await self._call(
-            self._inference.Generate, generate_request(prompt, options)
-        )
+    async def generate(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> generate_pb2.GenerateResponse:
+        """Return all completions as a GenerateResponse."""
+        request = generate_request(prompt, options)
+        answer: generate_pb2.GenerateResponse = await self._call(self._inference.Generate, request, timeout)
         return answer
 
-    async def stream(
-        self, prompt: Prompt, **options: Unpack[GenerateOptions]
+    def stream(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[generate_pb2.GenerateEvent]:
-        """Yield GenerateEvents as they come. Closing the iterator cancels the request."""
-        call = self._inference.GenerateStream(generate_request(prompt, options), timeout=self._timeout)
-        try:
-            with _errors():
-                async for event in call:
-                    yield event
-        finally:
-            call.cancel()
+        """Yield GenerateEvents as they come. Closing the iterator, or leaving it early, cancels the request."""
+        request = generate_request(prompt, options)
+        return self._events(self._inference.GenerateStream, request, self._timeout if timeout is None else timeout)
 
-    async def cancel(self, request_id: str) -> None:
+    async def score(
+        self,
+        text: str | Sequence[int],
+        *,
+        top_logprobs: int | None = None,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> score_pb2.ScoreResponse:
+        """Return the log-likelihood of a text or of token ids, as a ScoreResponse."""
+        request = score_request(text, top_logprobs, model)
+        score: score_pb2.ScoreResponse = await self._call(self._inference.Score, request, timeout)
+        return score
+
+    async def cancel(self, request_id: str, *, timeout: float | None = None) -> None:
         """End a live request; its own call returns what exists."""
-        await self._call(self._inference.Cancel, generate_pb2.CancelRequest(request_id=request_id))
+        await self._call(self._inference.Cancel, generate_pb2.CancelRequest(request_id=request_id), timeout)
 
     async def tokenize(
-        self, text: str | Sequence[Mapping[str, str]], *, add_special_tokens: bool | None = None
+        self,
+        text: str | Sequence[Message],
+        *,
+        add_special_tokens: bool | None = None,
+        model: str = "",
+        timeout: float | None = None,
     ) -> list[int]:
         """Return the ids of a text, or of messages by the model's template."""
-        return list((await self._call(self._inference.Tokenize, tokenize_request(text, add_special_tokens))).ids)
+        request = tokenize_request(text, add_special_tokens, model)
+        answer: tokens_pb2.TokenizeResponse = await self._call(self._inference.Tokenize, request, timeout)
+        return list(answer.ids)
 
-    async def detokenize(self, ids: Sequence[int]) -> str:
+    async def detokenize(
+        self,
+        ids: Sequence[int],
+        *,
+        skip_special_tokens: bool | None = None,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> str:
         """Return the text of ids."""
-        answer = await self._call(self._inference.Detokenize, tokens_pb2.DetokenizeRequest(ids=ids))
-        text: str = answer.text
+        request = tokens_pb2.DetokenizeRequest(ids=ids, skip_special_tokens=skip_special_tokens, model=model or None)
+        text: str = (await self._call(self._inference.Detokenize, request, timeout)).text
         return text
 
-    async def model(self, name: str = "") -> model_pb2.Model:
+    async def model(self, name: str = "", *, timeout: float | None = None) -> model_pb2.Model:
         """Return a Model: limits, capabilities, compression, memory."""
-        model: model_pb2.Model = await self._call(
-            self._control.GetModel, control_pb2.GetModelRequest(name=name or None)
-        )
+        request = control_pb2.GetModelRequest(name=name or None)
+        model: model_pb2.Model = await self._call(self._control.GetModel, request, timeout)
         return model
 
-    async def models(self) -> list[model_pb2.Model]:
+    async def models(self, *, timeout: float | None = None) -> list[model_pb2.Model]:
         """Return all Models."""
-        return list((await self._call(self._control.ListModels, control_pb2.ListModelsRequest())).models)
+        answer = await self._call(self._control.ListModels, control_pb2.ListModelsRequest(), timeout)
+        return list(answer.models)
 
-    async def server_info(self) -> control_pb2.ServerInfo:
+    async def server_info(self, *, timeout: float | None = None) -> control_pb2.ServerInfo:
         """Return the ServerInfo."""
-        info: control_pb2.ServerInfo = await self._call(self._control.GetServerInfo, control_pb2.GetServerInfoRequest())
+        request = control_pb2.GetServerInfoRequest()
+        info: control_pb2.ServerInfo = await self._call(self._control.GetServerInfo, request, timeout)
         return info
 
-    async def is_serving(self, service: str = "pressd.v1.Inference") -> bool:
-        """Whether requests are taken; with service "" whether the process is sound."""
-        answer = await self._call(self._health.Check, health_pb2.HealthCheckRequest(service=service))
+    async def load(self, model: str = "", *, timeout: float | None = None) -> load_pb2.LoadInfo:
+        """Return how busy a model is, as a LoadInfo."""
+        request = load_pb2.GetLoadRequest(model=model or None)
+        load: load_pb2.LoadInfo = await self._call(self._control.GetLoad, request, timeout)
+        return load
+
+    def watch_load(
+        self, model: str = "", *, interval_ms: int | None = None, timeout: float | None = None
+    ) -> AsyncGenerator[load_pb2.LoadInfo]:
+        """Yield a LoadInfo at once and then at intervals, until the server ends or the iterator is closed."""
+        request = load_pb2.WatchLoadRequest(model=model or None, interval_ms=interval_ms)
+        return self._events(self._control.WatchLoad, request, timeout)
+
+    async def flush_prefix_cache(self, model: str = "", *, timeout: float | None = None) -> int:
+        """Forget all cached prefixes and return how many blocks held nothing else. Needs an admin's token."""
+        request = control_pb2.FlushPrefixCacheRequest(model=model or None)
+        return int((await self._call(self._control.FlushPrefixCache, request, timeout)).num_blocks)
+
+    async def drain(self, *, timeout_seconds: float | None = None, timeout: float | None = None) -> int:
+        """End the server once its live requests are done, and return how many there are. Needs an admin's token.
+
+        What still runs after `timeout_seconds` is ended; unset, the server's own time holds.
+        """
+        request = control_pb2.DrainRequest(timeout_seconds=timeout_seconds)
+        return int((await self._call(self._control.Drain, request, timeout)).num_live)
+
+    async def is_serving(self, service: str = READINESS, *, timeout: float | None = None) -> bool:
+        """Whether requests are taken now (nothing is tried again); with service "" whether the process is sound."""
+        request = health_pb2.HealthCheckRequest(service=service)
+        answer = await self._call(self._health.Check, request, timeout, NO_RETRY)
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def watch_serving(self, service: str = READINESS, *, timeout: float | None = None) -> AsyncGenerator[bool]:
+        """Yield whether requests are taken, now and whenever it changes, until the server is gone."""
+        request = health_pb2.HealthCheckRequest(service=service)
+        async with aclosing(self._events(self._health.Watch, request, timeout)) as answers:
+            async for answer in answers:
+                yield bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def close(self) -> None:
         """Cancel what is running and disconnect."""
@@ -92,14 +184,29 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _call(self, method: Any, request: Any) -> Any:
-        with _errors():
-            return await method(request, timeout=self._timeout)
+    async def _call(self, method: Any, request: Any, timeout: float | None, retry: Retry | None = None) -> Any:
+        attempts = Attempts(retry or self._retry, self._timeout if timeout is None else timeout)
+        while True:
+            try:
+                return await method(request, timeout=attempts.remaining, metadata=self._metadata)
+            except grpc.RpcError as error:
+                failure = CallError(error)
+            await attempts.retry.sleep_async(attempts.wait_after(failure))
 
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise CallError(error) from None
+    async def _events(self, method: Any, request: Any, timeout: float | None) -> AsyncGenerator[Any]:
+        attempts = Attempts(self._retry, timeout)
+        has_begun = False
+        while True:
+            call = method(request, timeout=attempts.remaining, metadata=self._metadata)
+            try:
+                async for event in call:
+                    has_begun = True
+                    yield event
+                return
+            except grpc.RpcError as error:
+                failure = CallError(error)
+            finally:
+                call.cancel()
+            if has_begun:
+                raise failure
+            await attempts.retry.sleep_async(attempts.wait_after(failure))

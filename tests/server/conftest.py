@@ -106,10 +106,10 @@ class Served:
         return self._out.read_text()
 
     def client(self, timeout: float = PATIENCE) -> Client:
-        return Client(self.target, timeout=timeout)
+        return Client(self.target, timeout=timeout, retry=None)
 
     def async_client(self, timeout: float = PATIENCE) -> AsyncClient:
-        return AsyncClient(self.target, timeout=timeout)
+        return AsyncClient(self.target, timeout=timeout, retry=None)
 
     def engine_pid(self) -> int:
         """The engine's process."""
