@@ -7,13 +7,11 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Protocol
 
 import grpc
 import grpc.aio
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]  # not in the stubs
 from grpc_reflection.v1alpha import reflection
 
 from pressd.runtime.report import EngineInfo
@@ -27,6 +25,7 @@ from pressd.server.door import Door, Phase
 from pressd.server.ending import Ending, drain
 from pressd.server.energy import EnergyMeter
 from pressd.server.engine_client import EngineStartError
+from pressd.server.health import HealthServicer
 from pressd.server.interceptors import CallInterceptor
 from pressd.server.servicer import InferenceServicer
 from pressd.server.settings import Settings
@@ -39,12 +38,6 @@ READY = "pressd.v1.Inference"
 # Seconds between two looks at the watchdog, and for the last bytes out.
 WATCH_INTERVAL = 5.0
 LAST_BYTES_GRACE = 0.5
-
-
-class HealthServicer(Protocol):
-    """What is used of grpc_health's servicer."""
-
-    async def set(self, service: str, status: health_pb2.HealthCheckResponse.ServingStatus) -> None: ...
 
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -154,7 +147,7 @@ async def _listening(
     settings = door.settings
     interceptors = [CallMetrics(door.metrics), CallInterceptor(door.metrics, access)]
     server = grpc.aio.server(interceptors=interceptors, options=CHANNEL_OPTIONS)
-    health: HealthServicer = health_aio.HealthServicer()
+    health = HealthServicer()
     inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(door), server)
     control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(door), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -164,7 +157,7 @@ async def _listening(
         [*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME], server
     )
     for name in _ready_names(settings):
-        await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
     _require_free(settings.host, settings.port)
     try:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -198,8 +191,8 @@ async def _publish(door: Door, health: HealthServicer, announce: Callable[[str],
     while True:
         ready = _status(door.phase is Phase.READY)
         for name in _ready_names(door.settings):
-            await health.set(name, ready)
-        await health.set("", _status(door.is_alive))
+            health.set(name, ready)
+        health.set("", _status(door.is_alive))
         door.metrics.set(m.WATCHDOG, to=door.step_age())
         measure.energy(door.metrics, meter)
         if door.phase is Phase.READY and not announced and door.info is not None:

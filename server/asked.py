@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,11 +158,11 @@ def end_refusal(reason: FinishReason, error: str | None, constraint: Constraint 
     return None
 
 
-def check_ids(field: str, ids: Iterable[int], info: EngineInfo) -> None:
+def check_ids(field: str, ids: Sequence[int], info: EngineInfo) -> None:
     """Raise Refusal for an id that the model does not have."""
-    for index, token_id in enumerate(ids):
-        if token_id >= info.vocab_size:
-            raise invalid(f"{field}[{index}]", f"{token_id} is outside the vocabulary of {info.vocab_size}")
+    if max(ids, default=0) >= info.vocab_size:
+        index, token_id = next((index, token_id) for index, token_id in enumerate(ids) if token_id >= info.vocab_size)
+        raise invalid(f"{field}[{index}]", f"{token_id} is outside the vocabulary of {info.vocab_size}")
 
 
 def _check_all_ids(asked: Asked, ids: tuple[int, ...], info: EngineInfo) -> None:

@@ -1,10 +1,14 @@
 """Which names of a conversation its template shows, found by rendering it with other names."""
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from pressd.server.chat import ChatPrompt, Message, Tool, ToolCall
+
+# What is put in for names. Nine letters and digits: some templates refuse ids of other lengths.
+_NAME = re.compile(r"zq[0-9]{6,}x")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +29,9 @@ def hidden_names(prompt: ChatPrompt, render: Callable[[ChatPrompt], str]) -> Ite
     probe = _Probe()
     changed = probe.conversation(prompt)
     if probe.traces:
-        shown = render(changed)
-        yield from (trace for trace in probe.traces if not any(text in shown for text in trace.texts))
+        # All at once: a search for each would take time by the square of what a client sends.
+        shown = set(_NAME.findall(render(changed)))
+        yield from (trace for trace in probe.traces if shown.isdisjoint(trace.texts))
 
 
 class _Probe:
@@ -34,7 +39,6 @@ class _Probe:
 
     def __init__(self) -> None:
         self.traces: list[Trace] = []
-        # Nine letters and digits: some templates refuse ids of other lengths.
         self._names = (f"zq{number:06d}x" for number in itertools.count())
         self._ids: dict[str, str] = {}
 

@@ -88,7 +88,12 @@ class Door:
 
     def step_age(self) -> float:
         """Seconds since the engine's last report, 0 while nothing is asked of it."""
-        return time.monotonic() - self._last_report if self.live else 0.0
+        return time.monotonic() - self._last_report if self._engine_is_asked else 0.0
+
+    @property
+    def _engine_is_asked(self) -> bool:
+        """Whether a request waits for the engine: others have all they asked for, and wait for their readers."""
+        return any(generation.is_open for generation in self.live)
 
     def require_ready(self) -> tuple[EngineInfo, ModelCard]:
         """Return what is served; raises Refusal while nothing is taken."""
@@ -171,7 +176,7 @@ class Door:
                 abort=partial(self.engine.abort, engine_id),
             )
             ticket.wait_with(len(prompt.ids))
-            if not self.live:
+            if not self._engine_is_asked:
                 self._last_report = time.monotonic()
             with self.live.hold(generation, ticket):
                 try:
@@ -238,7 +243,8 @@ class Door:
         """The engine died: so do its requests, and nothing is taken until it is back."""
         self._engine_up = False
         self._retry_after = retry_after + (sum(self.info.load_seconds.values()) if self.info else 0.0)
-        self.live.fail_all(unavailable("ENGINE_DOWN", f"the engine died: {cause}", self._retry_after))
+        # The cause is the operator's to know: it may name files.
+        self.live.fail_all(unavailable("ENGINE_DOWN", "the engine died and is being restarted", self._retry_after))
         for series in (m.RUNNING, m.WAITING, m.SWAPPED, m.KV_USAGE, m.KV_BLOCKS, m.KV_USED):
             self.metrics.forget(series)
         self.changed.set()

@@ -13,8 +13,11 @@ from pressd.server.strand import End, Strand
 
 # Tokens, and alternatives to them, that may wait for a reader: a hundred megabytes at most.
 MAX_UNREAD = 1 << 18
-# Tokens, and alternatives, of one message: below gRPC's own bound on what a client takes, 4 MiB.
-MAX_TOLD = 1 << 14
+# Tokens, and alternatives, of one message: some ten milliseconds' work, and below gRPC's own bound on what a client
+# takes, 4 MiB.
+MAX_TOLD = 1 << 12
+# Tokens that become text at once: as much work.
+MAX_READ = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +155,7 @@ class Generation:
         """End it with a status, unless it has ended."""
         if self.is_open:
             self._failure = refusal
+            self._stop()
             self._news.set()
 
     def give_up(self, refusal: Refusal) -> None:
@@ -162,7 +166,18 @@ class Generation:
         """End what is open of it with what exists."""
         for strand in self.strands:
             strand.close(End(reason=reason))
+        self._stop()
         self._news.set()
+
+    def _stop(self) -> None:
+        """Have the engine let go of it now: its reader may be slow to hear that it has ended."""
+        for strand in self.strands:
+            self._release(strand)
+
+    def _release(self, strand: Strand) -> None:
+        if not strand.engine_is_done:
+            strand.engine_is_done = True
+            self._abort(strand.index)
 
     async def next(self) -> list[Update]:
         """Wait for tokens whose text is decided, and for ends, and return them; nothing when all has been told.
@@ -175,6 +190,9 @@ class Generation:
             updates = self._updates(time.monotonic())
             if updates or self.is_over:
                 return updates
+            if any(strand.has_unread for strand in self.strands):
+                await asyncio.sleep(0)
+                continue
             try:
                 async with asyncio.timeout(self._patience(time.monotonic())):
                     await self._news.wait()
@@ -188,14 +206,13 @@ class Generation:
         for strand in self.strands:
             if strand.index in self._told:
                 continue
-            strand.read(now)
+            strand.read(now, max(1, MAX_READ // len(self.strands)))
             if strand.is_due(now, output.min_tokens, output.max_delay) and (pieces := strand.take()):
                 self.first_sent_at = self.first_sent_at or now
                 updates += [Said(strand.index, part) for part in self._parts(pieces)]
             if strand.end is not None:
                 self._told.add(strand.index)
-                if not strand.engine_is_done:
-                    self._abort(strand.index)
+                self._release(strand)
                 updates.append(Ended(strand, self.is_over))
         return updates
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from pressd.runtime.report import EngineInfo
-from pressd.server.asked import Asked, Prompt, TextPrompt, TokenPrompt
+from pressd.server.asked import Asked, TextPrompt, TokenPrompt
 from pressd.server.chat import ChatPrompt
 from pressd.server.chat_template import ChatError, LongChatError, UnusedFieldError
 from pressd.server.errors import invalid, unsupported
@@ -13,6 +13,8 @@ from pressd.server.model_card import ModelCard
 from pressd.server.text import Encoding, Text
 
 T = TypeVar("T")
+# Bytes of a text that need not fit the context: it is only counted, or cut. About a second of a thread.
+MAX_TEXT = 1 << 20
 
 
 class Desk(Protocol):
@@ -51,21 +53,29 @@ async def prompt_of(desk: Desk, asked: Asked) -> Prepared:
 
 
 async def encode(
-    desk: Desk, prompt: TextPrompt | ChatPrompt, *, add_special_tokens: bool = True, bounded: bool = True
+    desk: Desk,
+    prompt: TextPrompt | ChatPrompt,
+    *,
+    add_special_tokens: bool = True,
+    bounded: bool = True,
+    spans: bool = False,
 ) -> Encoding:
     """Tokenise a text, or a conversation by the model's template; raises Refusal.
 
-    `bounded` refuses a text which no tokens of the model could bring into its context, before any work is done.
+    `bounded` refuses a text which no tokens of the model could bring into its context, before any work is done;
+    otherwise a text may have as many bytes, or MAX_TEXT if that is more.
     """
     text = desk.require_text(prompt.field)
     info, _ = desk.require_ready()
     most = text.max_bytes(info.max_context)
     if isinstance(prompt, TextPrompt):
-        if bounded:
-            _check_length(prompt, len(prompt.text.encode()), most)
-        return await desk.in_thread(lambda: text.encode(prompt.text, add_special_tokens=add_special_tokens))
+        _check_length(prompt, most, bounded=bounded)
+        return await desk.in_thread(
+            lambda: text.encode(prompt.text, add_special_tokens=add_special_tokens, spans=spans)
+        )
     try:
-        return await desk.in_thread(lambda: text.encode_chat(prompt, max_bytes=most if bounded else None))
+        most_rendered = most if bounded else max(most, MAX_TEXT)
+        return await desk.in_thread(lambda: text.encode_chat(prompt, max_bytes=most_rendered, spans=spans))
     except UnusedFieldError as error:
         raise unsupported(f"{error.field}: {error}", error.field) from None
     except LongChatError as error:
@@ -97,7 +107,11 @@ def bytes_of_token(asked: Asked, text: Text | None) -> Mapping[int, bytes] | Non
     return text.bytes_of_token if asked.output.skip_special_tokens else text.bytes_of_any_token
 
 
-def _check_length(prompt: Prompt, num_bytes: int, most: int) -> None:
-    if num_bytes > most:
+def _check_length(prompt: TextPrompt, most: int, *, bounded: bool) -> None:
+    num_bytes = len(prompt.text.encode())
+    if bounded and num_bytes > most:
         problem = f"it has {num_bytes} bytes; whatever its tokens, more than {most} do not fit the context"
+        raise invalid(prompt.field, problem, reason="PROMPT_TOO_LONG")
+    if num_bytes > max(most, MAX_TEXT):
+        problem = f"it has {num_bytes} bytes; at most {max(most, MAX_TEXT)} are tokenised"
         raise invalid(prompt.field, problem, reason="PROMPT_TOO_LONG")

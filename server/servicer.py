@@ -43,6 +43,7 @@ class InferenceServicer:
             texts = [[prompt.echo or ""] for _ in generation.strands]
             while updates := await generation.next():
                 for update in updates:
+                    await asyncio.sleep(0)  # each may be large, and other calls wait
                     match update:
                         case Scored(pieces=pieces):
                             response.prompt.extend(self._tokens(pieces, asked))
@@ -86,11 +87,13 @@ class InferenceServicer:
         asked = translate.score_asked(request, ids, prompt.field, CALL.get().request_id)
         async with self._generation(asked, context) as (generation, _):
             while updates := await generation.next():
-                pieces = [piece for update in updates if not isinstance(update, Ended) for piece in update.pieces]
-                for logprobs in (piece.logprobs for piece in pieces if piece.logprobs is not None):
-                    response.logprobs.append(logprobs.logprob)
-                    if request.top_logprobs:
-                        response.top.add(tokens=answers.top(logprobs, self._spell))
+                for update in updates:
+                    await asyncio.sleep(0)  # each may be large, and other calls wait
+                    pieces = () if isinstance(update, Ended) else update.pieces
+                    for logprobs in (piece.logprobs for piece in pieces if piece.logprobs is not None):
+                        response.logprobs.append(logprobs.logprob)
+                        if request.top_logprobs:
+                            response.top.add(tokens=answers.top(logprobs, self._spell))
             CALL.get().finish_reason = ""
         if generation.was_left:
             raise cancelled("Cancel was called")
@@ -105,17 +108,22 @@ class InferenceServicer:
             case "text":
                 special = request.add_special_tokens if request.HasField("add_special_tokens") else True
                 text = TextPrompt(request.text, "text")
-                encoding = await encode(self._door, text, add_special_tokens=special, bounded=False)
+                encoding = await encode(
+                    self._door, text, add_special_tokens=special, bounded=False, spans=request.offsets
+                )
             case "chat":
                 if request.HasField("add_special_tokens"):
                     raise invalid("add_special_tokens", "a chat template brings its own; leave it unset")
-                encoding = await encode(self._door, read_chat(request.chat))
+                encoding = await encode(self._door, read_chat(request.chat), spans=request.offsets)
             case _:
                 raise invalid("text", "there is no input; give one of text and chat")
         response = tokens_pb2.TokenizeResponse(ids=encoding.ids)
         if request.offsets:
-            spans = await self._door.in_thread(lambda: byte_offsets(encoding))
-            response.offsets.extend(tokens_pb2.ByteSpan(begin=begin, end=end) for begin, end in spans)
+            await self._door.in_thread(
+                lambda: response.offsets.extend(
+                    tokens_pb2.ByteSpan(begin=begin, end=end) for begin, end in byte_offsets(encoding)
+                )
+            )
         if request.HasField("chat"):
             response.rendered = encoding.text
         return response
@@ -127,7 +135,7 @@ class InferenceServicer:
         info, _ = self._door.require_ready()
         self._door.require_model(request.model)
         text = self._door.require_text("ids")
-        ids = tuple(request.ids)
+        ids = translate.ids_of(request.ids, "ids")
         check_ids("ids", ids, info)
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         decoded = await self._door.in_thread(lambda: text.decode(ids, skip_special_tokens=skip))

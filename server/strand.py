@@ -39,6 +39,11 @@ class Strand:
         return self._engine_end is None and self.end is None
 
     @property
+    def has_unread(self) -> bool:
+        """Whether reading on would bring something."""
+        return self.end is None and bool(self._ids)
+
+    @property
     def num_unread(self) -> int:
         return len(self._ids) + len(self._ready)
 
@@ -58,10 +63,10 @@ class Strand:
         if self.is_open:
             self._engine_end = end
 
-    def read(self, now: float) -> None:
-        """Turn what has come into pieces, and find out whether it is over."""
+    def read(self, now: float, most: int) -> None:
+        """Turn what has come into pieces, of at most so many tokens, and find out whether it is over."""
         if self.end is None:
-            self._ready += self._decide()
+            self._ready += self._decide(most)
             if self._ready and not self.ready_since:
                 self.ready_since = now
 
@@ -78,19 +83,20 @@ class Strand:
         self.num_sent += len(pieces)
         return pieces
 
-    def _decide(self) -> list[Piece]:
-        ids, self._ids = self._ids, []
-        logprobs, self._logprobs = self._logprobs, []
+    def _decide(self, most: int) -> list[Piece]:
+        ids, self._ids = self._ids[:most], self._ids[most:]
+        logprobs, self._logprobs = self._logprobs[:most], self._logprobs[most:]
+        engine_end = None if self._ids else self._engine_end
         if self._detokenizer is None:
-            self.end = self._engine_end
+            self.end = engine_end
             if not logprobs:
                 return [Piece(token_id, None) for token_id in ids]
             return [Piece(token_id, None, logprob) for token_id, logprob in zip(ids, logprobs, strict=True)]
         pieces = self._detokenizer.push(ids, logprobs)
         if self._detokenizer.matched is not None:
             self.end = End(reason=FinishReason.STOP, stop=self._detokenizer.matched)
-        elif self._engine_end is not None:
+        elif engine_end is not None:
             pieces += self._detokenizer.finish()
             stop = self._detokenizer.matched
-            self.end = self._engine_end if stop is None else End(reason=FinishReason.STOP, stop=stop)
+            self.end = engine_end if stop is None else End(reason=FinishReason.STOP, stop=stop)
         return pieces

@@ -27,11 +27,11 @@ _ANCHORS = ("\n", "=", "(")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoding:
-    """Token ids, the text they are of, and each token's [begin, end) in the characters of that text."""
+    """Token ids, the text they are of, and each token's [begin, end) in the characters of that text, if asked for."""
 
     ids: tuple[int, ...]
     text: str
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 class Text:
@@ -63,12 +63,14 @@ class Text:
             raise ValueError(f"{path}: its tokenizer has no tokenizer.json; save it with save_pretrained first")
         return cls(tokenizer)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> Encoding:
+    def encode(self, text: str, *, add_special_tokens: bool = True, spans: bool = False) -> Encoding:
         """Tokenise text; special tokens written in it count as such, as everywhere in transformers."""
-        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
-        return Encoding(ids=tuple(encoding.ids), text=text, spans=tuple(encoding.offsets))
+        # Of the library's functions only those for batches let other threads run.
+        encode_batch = self._backend.encode_batch if spans else self._backend.encode_batch_fast
+        (encoding,) = encode_batch([text], add_special_tokens=add_special_tokens)
+        return Encoding(ids=tuple(encoding.ids), text=text, spans=tuple(encoding.offsets) if spans else ())
 
-    def encode_chat(self, prompt: ChatPrompt, *, max_bytes: int | None = None) -> Encoding:
+    def encode_chat(self, prompt: ChatPrompt, *, max_bytes: int | None = None, spans: bool = False) -> Encoding:
         """Render a conversation and tokenise it, unless it has more bytes; raises ChatError, and LongChatError then.
 
         Special tokens written in it count as such, by whomever: what users may not say must be kept from the messages.
@@ -76,9 +78,9 @@ class Text:
         rendered = ChatTemplate(self._tokenizer).render(prompt)
         num_bytes = len(rendered.encode())
         if max_bytes is not None and num_bytes > max_bytes:
-            problem = f"it has {num_bytes} bytes when rendered; whatever its tokens, more than {max_bytes} do not fit"
+            problem = f"it has {num_bytes} bytes when rendered; at most {max_bytes} are taken, whatever its tokens"
             raise LongChatError(problem)
-        return self.encode(rendered, add_special_tokens=False)
+        return self.encode(rendered, add_special_tokens=False, spans=spans)
 
     def encode_inside(self, text: str) -> tuple[int, ...]:
         """Tokenise text as it stands inside another one, where no tokenizer puts a space before it."""
@@ -104,7 +106,7 @@ class Text:
 
 
 def byte_offsets(encoding: Encoding) -> list[tuple[int, int]]:
-    """Each token's [begin, end) in the UTF-8 bytes of the text."""
+    """Each token's [begin, end) in the UTF-8 bytes of the text; slow."""
     position = [0, *itertools.accumulate(len(character.encode()) for character in encoding.text)]
     return [(position[begin], position[end]) for begin, end in encoding.spans]
 

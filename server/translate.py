@@ -22,6 +22,10 @@ from pressd.server.errors import exactness, invalid, unsupported
 from pressd.v1 import generate_pb2, sampling_pb2, score_pb2
 
 MAX_REQUEST_ID = 128
+# More than any model can make use of; what is longer is not even looked at.
+MAX_IDS = 1 << 20
+# Bytes; what the engine takes of each kind is at most this, and it says so exactly.
+MAX_CONSTRAINT = 1 << 16
 # Settings of sampling by the engine's names, and by the protocol's.
 _SAMPLING = {
     "temperature": "temperature",
@@ -55,7 +59,7 @@ def asked(request: generate_pb2.GenerateRequest, request_id: str) -> Asked:
     """Read a GenerateRequest."""
     stopping, scheduling, runtime = request.stopping, request.scheduling, request.runtime
     max_new_tokens = _optional(stopping, "max_new_tokens")
-    stop_token_ids = tuple(stopping.stop_token_ids)
+    stop_token_ids = ids_of(stopping.stop_token_ids, "stopping.stop_token_ids")
     _check("stopping.max_new_tokens", StoppingParams, max_new_tokens=max_new_tokens)
     _check("stopping.min_new_tokens", StoppingParams, min_new_tokens=stopping.min_new_tokens)
     _check("stopping.stop_token_ids", StoppingParams, stop_token_ids=stop_token_ids)
@@ -94,9 +98,16 @@ def score_prompt(request: score_pb2.ScoreRequest) -> TextPrompt | TokenPrompt:
         case "text":
             return TextPrompt(request.text, "text")
         case "token_ids":
-            return TokenPrompt(tuple(request.token_ids.ids))
+            return TokenPrompt(ids_of(request.token_ids.ids, "token_ids.ids"))
         case _:
             raise invalid("text", "there is no input; give one of text and token_ids")
+
+
+def ids_of(ids: Sequence[int], field: str) -> tuple[int, ...]:
+    """Return token ids, unless there are too many to look at."""
+    if len(ids) > MAX_IDS:
+        raise invalid(field, f"there are {len(ids)}; at most {MAX_IDS} are taken")
+    return tuple(ids)
 
 
 def score_asked(request: score_pb2.ScoreRequest, ids: tuple[int, ...], field: str, request_id: str) -> Asked:
@@ -120,7 +131,7 @@ def _prompt(request: generate_pb2.GenerateRequest) -> Prompt:
         case "prompt":
             return TextPrompt(request.prompt)
         case "token_ids":
-            return TokenPrompt(tuple(request.token_ids.ids))
+            return TokenPrompt(ids_of(request.token_ids.ids, "token_ids.ids"))
         case "chat":
             return read_chat(request.chat)
         case _:
@@ -135,7 +146,7 @@ def _sampling(sampling: sampling_pb2.SamplingParams) -> dict[str, Any]:
     if sampling.logit_bias:
         given["logit_bias"] = tuple(sorted(sampling.logit_bias.items()))
     if sampling.allowed_token_ids:
-        given["allowed_token_ids"] = tuple(sampling.allowed_token_ids)
+        given["allowed_token_ids"] = ids_of(sampling.allowed_token_ids, "sampling.allowed_token_ids")
     for name, value in given.items():
         _check(f"sampling.{_SAMPLING.get(name, name)}", SamplingParams, **{name: value})
     return given
@@ -171,6 +182,10 @@ def _output(output: generate_pb2.OutputOptions) -> Output:
 
 
 def _constraint(constraint: generate_pb2.Constraint) -> Constraint:
+    # A message of many short choices has twice the bytes of their texts, at most.
+    if constraint.ByteSize() > 4 * MAX_CONSTRAINT:
+        problem = f"it has {constraint.ByteSize()} bytes; no constraint may have more than {MAX_CONSTRAINT}"
+        raise invalid(f"constraint.{constraint.WhichOneof('kind')}", problem)
     match constraint.WhichOneof("kind"):
         case "json_object":
             if not constraint.json_object:

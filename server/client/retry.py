@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -67,7 +68,8 @@ class Attempts:
         if self._made >= self.retry.attempts or not _is_passing(error):
             raise error
         asked = error.retry_after or 0.0
-        longest = min(self.retry.longest_wait, self.retry.first_wait * 2.0 ** (self._made - 1))
+        doublings = min(self._made - 1, sys.float_info.max_exp - 1)
+        longest = min(self.retry.longest_wait, self.retry.first_wait * 2.0**doublings)
         wait = max(asked, self.retry.draw() * longest)
         remaining = self.remaining
         if asked > self.retry.longest_wait or (remaining is not None and wait >= remaining):

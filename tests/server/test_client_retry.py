@@ -157,3 +157,10 @@ def test_wait_is_the_servers_or_a_share_of_a_doubling_one(
         assert attempts.wait_after(error) == max(floor, draw * min(10.0, first * 2**number))
     with pytest.raises(CallError):
         attempts.wait_after(error)
+
+
+def test_one_may_ask_for_as_long_as_it_takes() -> None:
+    """Doubling ends where it no longer matters: two to the 2,000th is no number of seconds."""
+    error = CallError(FakeRpcError(refusal(Code.UNAVAILABLE, reason="")))
+    attempts = Attempts(Retry(attempts=2002, draw=lambda: 1.0), None)
+    assert {attempts.wait_after(error) for _ in range(2001)} == {0.5, 1.0, 2.0, 4.0, 8.0, 10.0}
