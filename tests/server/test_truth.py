@@ -70,10 +70,13 @@ class Truth:
         self.add(m.CALL_MESSAGES_OUT, *labels, by=sent)
         self.add(m.CALLS_HANDLED, *labels, "".join(word.capitalize() for word in code.split("_")).replace("Ok", "OK"))
 
-    def ours(self, method: str, code: str = "OK", reason: str = "", *, sent: int | None = None) -> None:
+    def ours(
+        self, method: str, code: str = "OK", reason: str = "", *, sent: int | None = None, received: int = 1
+    ) -> None:
         """A call of pressd.v1, by its end."""
         name = method.rpartition("/")[2]
-        self.call(method, code.replace("CANCELLED", "CANCELED"), sent=(code == "OK") if sent is None else sent)
+        spelled = code.replace("CANCELLED", "CANCELED")
+        self.call(method, spelled, sent=(code == "OK") if sent is None else sent, received=received)
         self.add(m.REQUESTS, name, code, reason)
         if name in ("Generate", "GenerateStream", "Score"):
             self.add(m.REQUEST_DURATION, code)
@@ -194,10 +197,12 @@ class Caller:
         with pytest.raises(grpc.RpcError) as caught:
             action()
         error = CallError(caught.value)
-        self.truth.ours(method, error.code.name)
-        if error.reason in measure.REJECTIONS:
-            self.reasons.add(measure.REJECTIONS[error.reason])
-            self.truth.add(m.REJECTED, measure.REJECTIONS[error.reason])
+        rejection = measure.REJECTIONS.get(error.reason)
+        # The message of a caller who may not call is not taken.
+        self.truth.ours(method, error.code.name, received=rejection != "auth")
+        if rejection is not None:
+            self.reasons.add(rejection)
+            self.truth.add(m.REJECTED, rejection)
         return error
 
     def settle(self) -> list[Any]:
