@@ -77,7 +77,7 @@ def test_model_without_a_tokenizer_has_no_text(tmp_path: Path) -> None:
 
 
 def test_offsets_count_bytes(text: Text) -> None:
-    encoding = text.encode("lo€the")
+    encoding = text.encode("lo€the", spans=True)
     spans = byte_offsets(encoding)
     assert [encoding.text.encode()[begin:end].decode() for begin, end in spans] == ["lo", "€", "€", "€", "the"]
 
