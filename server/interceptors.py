@@ -87,7 +87,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
             except Refusal:
                 raise
             except Exception as error:
-                if context.done():  # the client is gone; writing to it fails in a dozen ways
+                # The client is gone: writing to it fails in a dozen ways, and one of them before the call is done.
+                if context.done() or isinstance(error, grpc.aio.InternalError):
                     raise asyncio.CancelledError from error
                 log.exception("a defect", extra={"request_id": call.request_id, "method": method})
                 raise internal("INTERNAL", f"a defect of the server; its log has request {call.request_id}") from None

@@ -4,10 +4,12 @@ import asyncio
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import grpc
 import grpc.aio
 import pytest
+from grpc._cython import cygrpc
 
 from pressd.client import CallError
 from pressd.server.access import Access
@@ -204,6 +206,43 @@ def test_reader_that_is_behind_gets_larger_deltas(gated: Any, client: Any) -> No
     events = list(stream)
     assert sum(event.delta.num_tokens for event in events) == 300
     assert events[-1].finished.usage.completion_tokens == 300
+
+
+@pytest.mark.parametrize(
+    ("error", "is_done", "is_defect"),
+    [
+        (cygrpc.ExecuteBatchError(), False, False),  # broken off in the middle of a write, before gRPC says so
+        (grpc.aio.UsageError("the call is over"), True, False),
+        (KeyError("ours"), False, True),
+    ],
+)
+def test_client_that_breaks_off_while_it_is_written_to_is_no_defect(
+    error: Exception, is_done: bool, is_defect: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = Metrics("m")
+    context = Mock(spec=grpc.aio.ServicerContext)
+    context.done.return_value = is_done
+    context.time_remaining.return_value = None
+    context.invocation_metadata.return_value = ()
+    context.abort.side_effect = grpc.aio.AbortError
+
+    async def behaviour(request: Any, context: Any) -> None:
+        raise error
+
+    async def main() -> None:
+        handler = grpc.unary_stream_rpc_method_handler(
+            behaviour, request_deserializer=generate_pb2.GenerateRequest.FromString
+        )
+        details = Mock(method="/pressd.v1.Inference/GenerateStream", invocation_metadata=())
+        interceptor = CallInterceptor(metrics, Access())
+        wrapped = await interceptor.intercept_service(AsyncMock(return_value=handler), details)
+        await wrapped.unary_stream(b"", context)
+
+    with caplog.at_level("INFO"), pytest.raises(grpc.aio.AbortError if is_defect else asyncio.CancelledError):
+        asyncio.run(main())
+    assert ("a defect" in caplog.messages) == is_defect
+    (line,) = [record for record in caplog.records if record.message == "call"]
+    assert line.code == ("INTERNAL" if is_defect else "CANCELLED")  # type: ignore[attr-defined]
 
 
 def test_reader_that_does_not_read_is_dropped(scripted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
