@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from pressd.server import metrics as m
+from pressd.server.calls import code_of_cancel
 from pressd.v1 import control_pb2, inference_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -26,8 +27,6 @@ _TYPES = {
     (True, False): ("client_stream", grpc.stream_unary_rpc_method_handler),
     (True, True): ("bidi_stream", grpc.stream_stream_rpc_method_handler),
 }
-# A deadline begins when the client calls, so its clock runs out first and what we see is a dropped call. Seconds.
-_CLIENTS_HEADSTART = 0.1
 
 
 def methods_of(*files: FileDescriptor) -> dict[str, Labels]:
@@ -97,7 +96,7 @@ class CallMetrics(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gene
             yield
             code = _code_of(context)
         except (CancelledError, grpc.aio.InternalError):  # the latter: a write that found the client gone
-            code = _code_of_cancel(context)
+            code = code_of_cancel(context)
             raise
         except Exception:
             set_before = _code_of(context)  # by abort, or by a handler that failed after it set one
@@ -153,13 +152,6 @@ def _code_of(context: Context) -> grpc.StatusCode:
     if isinstance(code, grpc.StatusCode):
         return code
     return next((known for known in grpc.StatusCode if known.value[0] == (code or 0)), grpc.StatusCode.UNKNOWN)
-
-
-def _code_of_cancel(context: Context) -> grpc.StatusCode:
-    remaining = context.time_remaining()
-    if remaining is not None and remaining <= _CLIENTS_HEADSTART:
-        return grpc.StatusCode.DEADLINE_EXCEEDED
-    return grpc.StatusCode.CANCELLED
 
 
 def _spelled(code: grpc.StatusCode) -> str:

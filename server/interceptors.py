@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError, Message
 
 from pressd.server import measure
 from pressd.server.access import Access, Metadata
-from pressd.server.calls import CALL, Call
+from pressd.server.calls import CALL, Call, code_of_cancel
 from pressd.server.errors import Refusal, internal, invalid
 from pressd.server.fields import refuse_unsupported
 from pressd.server.metrics import Metrics
@@ -23,8 +23,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Answer = Callable[[Call], Awaitable[Message | None]]
 
 OURS = "/pressd.v1."
-# A deadline begins when the client calls, so its clock runs out first and what we see is a dropped call. Seconds.
-CLIENTS_HEADSTART = 0.1
 
 log = logging.getLogger("pressd.calls")
 
@@ -96,7 +94,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
             code, reason = refusal.code, refusal.reason
             await context.abort(code, refusal.message, _trailers(refusal, call.request_id))
         except asyncio.CancelledError:
-            code = _code_of_cancel(context)
+            code = code_of_cancel(context)
             raise
         finally:
             self._record(call, code.name, reason)
@@ -127,10 +125,3 @@ def _parse(parse: Callable[[bytes], Message], data: bytes) -> Message:
 
 def _trailers(refusal: Refusal, request_id: str) -> tuple[tuple[str, str | bytes], ...]:
     return (("x-request-id", request_id), ("grpc-status-details-bin", refusal.details(request_id)))
-
-
-def _code_of_cancel(context: Context) -> grpc.StatusCode:
-    remaining = context.time_remaining()
-    if remaining is not None and remaining <= CLIENTS_HEADSTART:
-        return grpc.StatusCode.DEADLINE_EXCEEDED
-    return grpc.StatusCode.CANCELLED
