@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Coroutine, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -42,7 +43,8 @@ class OverGrpc:
         self._tasks: set[asyncio.Task[None]] = set()
         # The same prompts, sent by an earlier load, must not be found in the server's prefix cache.
         self._salt = secrets.token_hex(8)
-        self._loop = asyncio.new_event_loop()
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop = self._runner.get_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="bench-client", daemon=True)
         self._thread.start()
 
@@ -93,9 +95,10 @@ class OverGrpc:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _end_thread(self) -> None:
+        self._do(_end_calls())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.close()
+        self._runner.close()
 
     async def _ask(self) -> Served:
         model = await self._client.model(timeout=QUICK)
@@ -117,23 +120,32 @@ class OverGrpc:
 
     async def _follow(self, number: int, asked: Asked) -> None:
         """Stream one answer into news; however it fails, it ends with an error."""
+        answer = self._client.stream(
+            asked.prompt_token_ids,
+            temperature=0.0,
+            max_new_tokens=asked.output_tokens,
+            ignore_eos=True,
+            text=False,
+            token_ids=True,
+            cache_salt=self._salt,
+        )
         try:
-            async for event in self._client.stream(
-                asked.prompt_token_ids,
-                temperature=0.0,
-                max_new_tokens=asked.output_tokens,
-                ignore_eos=True,
-                text=False,
-                token_ids=True,
-                cache_salt=self._salt,
-            ):
-                now = time.monotonic()
-                if event.HasField("delta"):
-                    self._news.put(News(number=number, at=now, num_tokens=event.delta.num_tokens))
-                elif event.HasField("finished"):
-                    self._news.put(News(number=number, at=now, is_last=True))
-                    return
+            async with aclosing(answer):
+                async for event in answer:
+                    now = time.monotonic()
+                    if event.HasField("delta"):
+                        self._news.put(News(number=number, at=now, num_tokens=event.delta.num_tokens))
+                    elif event.HasField("finished"):
+                        self._news.put(News(number=number, at=now, is_last=True))
+                        return
             error = "the stream ended without an end; the server was stopped"
         except Exception as failure:
             error = str(failure) or type(failure).__name__
         self._news.put(News(number=number, at=time.monotonic(), error=error))
+
+
+async def _end_calls() -> None:
+    """Let grpc.aio's own tasks note how their calls ended: a status that came later would find no event loop."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        await asyncio.wait(others, timeout=QUICK)

@@ -1,5 +1,6 @@
 """`pressd bench --target`: what it counts is compared with what the server counts."""
 
+import gc
 import json
 import re
 import signal
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pressd.server.bench.over_grpc import OverGrpc
+from pressd.server.bench.workload import Asked
 
 KEYS = [
     *("requests", "errors", "output_tokens", "wall_s", "output_tokens_per_s"),
@@ -91,6 +95,20 @@ def test_bench_of_no_server_or_too_small_a_model_is_one_line(server: Any) -> Non
         *(1, ""),
         f"pressd bench: {server.target}: {needed}\n",
     )
+
+
+@pytest.mark.system
+def test_disconnecting_leaves_no_task(server: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """grpc.aio keeps a task for each call; one that its event loop leaves unfinished is reported when it is freed."""
+    asked = Asked(prompt_token_ids=(1, 2, 3), output_tokens=70)
+    for _ in range(30):
+        with OverGrpc(server.target) as target:
+            for number in range(2):
+                target.send(number, asked)
+            while not any(news.is_last for news in target.poll(60)):
+                pass
+    gc.collect()
+    assert caplog.records == []
 
 
 @pytest.mark.system
