@@ -26,7 +26,7 @@ from pressd.server.ending import Ending, drain
 from pressd.server.energy import EnergyMeter
 from pressd.server.engine_client import EngineStartError
 from pressd.server.health import HealthServicer
-from pressd.server.interceptors import CallInterceptor
+from pressd.server.interceptors import MAX_RESPONSE, CallInterceptor
 from pressd.server.servicer import InferenceServicer
 from pressd.server.settings import Settings
 from pressd.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -42,7 +42,7 @@ LAST_BYTES_GRACE = 0.5
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 16 << 20),
-    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.max_send_message_length", MAX_RESPONSE),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),

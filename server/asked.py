@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pressd.runtime.params import Constraint, SamplingParams, StoppingParams
+from pressd.runtime.params import MAX_BAD_WORDS, Constraint, SamplingParams, StoppingParams
 from pressd.runtime.report import EngineInfo
 from pressd.runtime.request import FinishReason, Request
 from pressd.server.chat import ChatPrompt
@@ -18,6 +18,8 @@ from pressd.server.model_card import ModelCard
 MAX_STOP_TEXTS = 16
 MAX_STOP_LENGTH = 256
 MAX_SALT = 256
+# Each bad word is two for the engine: inside a text, and at the beginning of a word.
+MAX_BAD_TEXTS = MAX_BAD_WORDS // 2
 
 # Where the engine's names for fields stand in GenerateRequest; what is not listed is about the prompt.
 _ENGINE_FIELDS = {

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import grpc.aio
 from google.protobuf.message import Message
 
-from pressd.runtime.params import MAX_BAD_WORDS, MAX_BIAS, MAX_SEQUENCES, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS
+from pressd.runtime.params import MAX_BIAS, MAX_SEQUENCES, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS
 from pressd.runtime.report import EngineInfo
-from pressd.server.asked import MAX_STOP_LENGTH, MAX_STOP_TEXTS
+from pressd.server.asked import MAX_BAD_TEXTS, MAX_STOP_LENGTH, MAX_STOP_TEXTS
 from pressd.server.door import Door, Phase
 from pressd.server.errors import invalid
 from pressd.server.fields import HONOURED
@@ -169,7 +169,7 @@ def _limits(door: Door, info: EngineInfo, card: ModelCard) -> model_pb2.Limits:
         max_sequences=min(MAX_SEQUENCES, door.admission.max_requests),
         max_top_logprobs=MAX_TOP_LOGPROBS,
         max_logit_bias=MAX_BIAS,
-        max_bad_words=MAX_BAD_WORDS,
+        max_bad_words=MAX_BAD_TEXTS,
         max_stop_token_ids=MAX_STOP_TOKENS,
     )
 

@@ -14,7 +14,7 @@ from pressd.server.errors import invalid, unsupported
 MAX_FIELDS = 1 << 15
 MAX_UNKNOWN = 1 << 12  # bytes
 LARGE = 1 << 16  # bytes
-# Bytes of one value of any shape: a JSON schema of a tool, say.
+# Bytes of all values of any shape together: the JSON schemas of tools, say.
 MAX_STRUCT = 1 << 17
 # A value of any shape: one leaf.
 _STRUCT = "google.protobuf.Struct"
@@ -122,8 +122,8 @@ def _refuse_many(message: Message) -> None:
     while stack:
         for field, value in stack.pop().ListFields():
             inner = field.message_type
-            is_message = inner is not None
-            num_fields += len(value) if is_message and field.is_repeated else 1
+            is_small = inner is None and field.type not in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
+            num_fields += len(value) if field.is_repeated and not is_small else 1
             if num_fields > MAX_FIELDS:
                 raise invalid("message", f"it has more than {MAX_FIELDS} fields; send less at once")
             if inner is not None and inner.full_name == _STRUCT:

@@ -77,7 +77,8 @@ class Generation:
         self._prompt = _PromptScores(prompt_token_ids, Detokenizer(bytes_of_token) if bytes_of_token else None)
         self._abort = abort
         self._told: set[int] = set()  # strands whose end the reader knows
-        self._weight = 1 + asked.output.top_logprobs
+        # What each of its tokens counts as: itself, and the alternatives to it.
+        self.weight = 1 + asked.output.top_logprobs
         self._failure: Refusal | None = None
         self._news = asyncio.Event()
 
@@ -148,7 +149,7 @@ class Generation:
         strand.push(output, now)
         self._news.set()
         num_unread = self._prompt.num_unread + sum(strand.num_unread for strand in self.strands)
-        if self._weight * num_unread > MAX_UNREAD:
+        if self.weight * num_unread > MAX_UNREAD:
             self.fail(exhausted("SLOW_CONSUMER", "too many tokens wait to be read; read faster", retry_after=1.0))
 
     def fail(self, refusal: Refusal) -> None:
@@ -224,7 +225,7 @@ class Generation:
 
     def _parts(self, pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
         """Cut what would make too large a message."""
-        size = max(1, MAX_TOLD // self._weight)
+        size = max(1, MAX_TOLD // self.weight)
         return (pieces[start : start + size] for start in range(0, len(pieces), size))
 
     def _patience(self, now: float) -> float | None:

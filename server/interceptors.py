@@ -24,6 +24,9 @@ Answer = Callable[[Call], Awaitable[Message | None]]
 
 OURS = "/pressd.v1."
 
+# Bytes of a response. gRPC itself refuses to send what is larger, but tells neither us nor the client why.
+MAX_RESPONSE = 64 << 20
+
 log = logging.getLogger("pressd.calls")
 
 
@@ -55,6 +58,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
                 call.request_id = request_id_of(request, cast(Metadata, context.invocation_metadata() or ()))
                 refuse_unsupported(method, request)
                 response: Message | None = await behaviour(request, context)
+                if response is not None and response.ByteSize() > MAX_RESPONSE:
+                    raise invalid("message", f"its answer has over {MAX_RESPONSE} bytes; ask for less, or for a stream")
                 return response
 
             return await self._handle(method, answer, context)
@@ -92,6 +97,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
                 raise internal("INTERNAL", f"a defect of the server; its log has request {call.request_id}") from None
         except Refusal as refusal:
             code, reason = refusal.code, refusal.reason
+            call.finish_reason = ""  # an end that the client may not have been told
             await context.abort(code, refusal.message, _trailers(refusal, call.request_id))
         except asyncio.CancelledError:
             code = code_of_cancel(context)

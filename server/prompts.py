@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from pressd.runtime.params import MAX_BAD_WORD_TOKENS
 from pressd.runtime.report import EngineInfo
 from pressd.server.asked import Asked, TextPrompt, TokenPrompt
 from pressd.server.chat import ChatPrompt
@@ -85,14 +86,21 @@ async def encode(
 
 
 async def bad_words_of(desk: Desk, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    """Return the tokens of each word, as it is written inside a text and at the beginning of a word."""
+    """Return the tokens of each word, as it is written inside a text and at the beginning of a word; raises Refusal."""
     if not words:
         return ()
     text = desk.require_text("sampling.bad_words")
 
     def spell() -> tuple[tuple[int, ...], ...]:
-        spellings = (text.encode_inside(variant) for word in words for variant in (word, f" {word.lstrip()}"))
-        return tuple(dict.fromkeys(ids for ids in spellings if ids))
+        spellings: dict[tuple[int, ...], None] = {}
+        for index, word in enumerate(words):
+            for ids in map(text.encode_inside, (word, f" {word.lstrip()}")):
+                if len(ids) > MAX_BAD_WORD_TOKENS:
+                    problem = f"it has {len(ids)} tokens; at most {MAX_BAD_WORD_TOKENS} are taken"
+                    raise invalid(f"sampling.bad_words[{index}]", problem)
+                if ids:
+                    spellings[ids] = None
+        return tuple(spellings)
 
     return await desk.in_thread(spell)
 

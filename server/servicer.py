@@ -23,6 +23,8 @@ from pressd.v1 import generate_pb2, score_pb2, tokens_pb2
 
 # How long a client may leave its stream unread, in seconds.
 SLOW_CONSUMER = 30.0
+# Tokens, and alternatives, of an answer in one piece: a hundred megabytes until it is sent.
+MAX_WHOLE = 1 << 20
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -48,6 +50,7 @@ class InferenceServicer:
                         case Scored(pieces=pieces):
                             response.prompt.extend(self._tokens(pieces, asked))
                         case Said(index=index, pieces=pieces):
+                            _check_whole(generation)
                             texts[index].append(answers.text_of(pieces))
                             if asked.output.wants_tokens:
                                 completions[index].tokens.extend(self._tokens(pieces, asked))
@@ -213,3 +216,10 @@ class InferenceServicer:
             generation.give_up(refusal := exhausted("SLOW_CONSUMER", problem, retry_after=1.0))
             raise refusal from None
         measure.written(self._door.metrics, num_tokens=num_tokens, seconds=time.monotonic() - began)
+
+
+def _check_whole(generation: Generation) -> None:
+    """Raise Refusal if an answer in one piece is too large; what was asked for cannot tell, it may end early."""
+    if generation.asked.output.wants_tokens and generation.weight * generation.num_sent > MAX_WHOLE:
+        problem = f"the answer has over {MAX_WHOLE} tokens and alternatives; ask for less, or use GenerateStream"
+        raise invalid("output.top_logprobs" if generation.weight > 1 else "output", problem)

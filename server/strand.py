@@ -94,6 +94,7 @@ class Strand:
             return [Piece(token_id, None, logprob) for token_id, logprob in zip(ids, logprobs, strict=True)]
         pieces = self._detokenizer.push(ids, logprobs)
         if self._detokenizer.matched is not None:
+            self._ids, self._logprobs = [], []
             self.end = End(reason=FinishReason.STOP, stop=self._detokenizer.matched)
         elif engine_end is not None:
             pieces += self._detokenizer.finish()

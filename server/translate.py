@@ -6,8 +6,9 @@ from typing import Any
 
 from google.protobuf.message import Message as ProtoMessage
 
-from pressd.runtime.params import MAX_BAD_WORDS, MAX_BIAS, MAX_TOP_LOGPROBS, Constraint, SamplingParams, StoppingParams
+from pressd.runtime.params import MAX_BIAS, MAX_TOP_LOGPROBS, Constraint, SamplingParams, StoppingParams
 from pressd.server.asked import (
+    MAX_BAD_TEXTS,
     MAX_SALT,
     MAX_STOP_LENGTH,
     MAX_STOP_TEXTS,
@@ -153,8 +154,8 @@ def _sampling(sampling: sampling_pb2.SamplingParams) -> dict[str, Any]:
 
 
 def _bad_words(words: Sequence[str]) -> tuple[str, ...]:
-    if len(words) > MAX_BAD_WORDS:
-        raise invalid("sampling.bad_words", f"there are {len(words)}; at most {MAX_BAD_WORDS} are taken")
+    if len(words) > MAX_BAD_TEXTS:
+        raise invalid("sampling.bad_words", f"there are {len(words)}; at most {MAX_BAD_TEXTS} are taken")
     for index, word in enumerate(words):
         if not 0 < len(word) <= MAX_STOP_LENGTH:
             raise invalid(f"sampling.bad_words[{index}]", f"it must have 1 to {MAX_STOP_LENGTH} characters")
