@@ -48,7 +48,9 @@ class CostTable:
         if num_tokens <= tokens[1]:
             return seconds[1]  # the weights are read however few tokens there are
         slope = (seconds[place] - seconds[place - 1]) / (tokens[place] - tokens[place - 1])
-        return seconds[place - 1] + slope * (num_tokens - tokens[place - 1])
+        cost = seconds[place - 1] + slope * (num_tokens - tokens[place - 1])
+        # Between two measurements rounding must not carry it past the second.
+        return min(cost, seconds[place]) if num_tokens <= tokens[place] else cost
 
     def tokens_within(self, seconds: float, most: int) -> int:
         """Return the most tokens, up to `most`, that a step of `seconds` computes."""

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pressd.runtime.config import EngineConfig
@@ -31,6 +31,7 @@ def test_costs_between_and_beyond_what_was_measured() -> None:
     assert CostTable((8,), (0.5,)).predict(16) == pytest.approx(1.0), "one measurement: in proportion"
 
 
+@example(table=CostTable((1, 2, 3), (0.3082732980001283, 0.8273809765859631, 0.5)), seconds=0.0, most=3)
 @given(table=tables, seconds=st.floats(0.0, 3.0), most=st.integers(0, 400))
 def test_tokens_within_a_time_are_the_most_that_fit(table: CostTable, seconds: float, most: int) -> None:
     costs = [table.predict(number) for number in range(1, most + 1)]
