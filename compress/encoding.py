@@ -7,13 +7,16 @@ from torch import Tensor
 
 from pressd.runtime.artifact.specs import Chain, LinearSpec, Masked, Packed, Sum, child_tensors
 from pressd.runtime.kernels.dense import format as dense
+from pressd.runtime.kernels.fp8 import format as fp8
 from pressd.runtime.kernels.int8 import format as int8
 from pressd.runtime.kernels.mask import format as mask
 from pressd.runtime.kernels.packed_int import format as packed_int
 
 
 def encode(codes: Tensor, scale: Tensor, spec: Packed) -> dict[str, Tensor]:
-    """Return the tensors to store, by suffix, for codes int8 [out, in] and scale [out, groups]."""
+    """Return the tensors to store, by suffix, for codes int8 or e4m3 [out, in] and scale [out, groups]."""
+    if spec.storage == fp8.NAME:
+        return fp8.encode(codes, scale)
     if spec.storage == int8.NAME:
         return int8.encode(codes, scale)
     assert spec.storage == packed_int.NAME
@@ -52,6 +55,8 @@ def whole(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 def _decode_packed(tensors: dict[str, Tensor], spec: Packed, dtype: torch.dtype) -> Tensor:
     if spec.storage == dense.NAME:
         return dense.decode(tensors, dtype)
+    if spec.storage == fp8.NAME:
+        return fp8.decode(tensors, dtype)
     if spec.storage == int8.NAME:
         return int8.decode(tensors, dtype)
     assert spec.storage == packed_int.NAME

@@ -15,6 +15,7 @@ from pressd.runtime.artifact.families import EMBED, LM_HEAD, ModelMap
 from pressd.runtime.artifact.own_config import hide
 from pressd.runtime.artifact.quantization import FORMATS, MIXED
 from pressd.runtime.artifact.specs import Packed
+from pressd.runtime.kernels.fp8 import format as fp8
 
 
 def with_precision(config: dict[str, object], dtype: torch.dtype) -> dict[str, object]:
@@ -101,7 +102,7 @@ def _config_group(groups: list[GroupPlan], targets: list[str]) -> dict[str, obje
         "targets": targets,
         "format": FORMATS[spec.storage],
         "weights": _weights(spec),
-        "input_activations": _int8_activations(spec) if spec.activation_bits == 8 else None,
+        "input_activations": _activations(spec) if spec.activation_bits == 8 else None,
         "output_activations": None,
     }
 
@@ -109,7 +110,7 @@ def _config_group(groups: list[GroupPlan], targets: list[str]) -> dict[str, obje
 def _weights(spec: Packed) -> dict[str, object]:
     return {
         "num_bits": spec.bits,
-        "type": "int",
+        "type": _kind(spec),
         "symmetric": True,
         "strategy": "channel" if spec.group_size is None else "group",
         "group_size": spec.group_size,
@@ -117,11 +118,15 @@ def _weights(spec: Packed) -> dict[str, object]:
     }
 
 
-def _int8_activations(spec: Packed) -> dict[str, object]:
+def _activations(spec: Packed) -> dict[str, object]:
     grouping: dict[str, object] = (
         {"strategy": "token"} if spec.group_size is None else {"strategy": "group", "group_size": spec.group_size}
     )
-    return {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True} | grouping
+    return {"num_bits": 8, "type": _kind(spec), "symmetric": True, "dynamic": True} | grouping
+
+
+def _kind(spec: Packed) -> str:
+    return "float" if spec.storage == fp8.NAME else "int"
 
 
 def _patterns(model: ModelMap, groups: list[GroupPlan]) -> list[str]:

@@ -14,7 +14,8 @@ from pressd.runtime.artifact.quantization import StoredSchemes
 from pressd.runtime.artifact.specs import LinearSpec, Packed
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-_TYPES = FLOATS | {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+_CODES = {"U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
+_TYPES = FLOATS | _CODES | {"I32": torch.int32, "I64": torch.int64}
 
 
 def linear_specs(model: ModelMap, stored: StoredSchemes, dtype: torch.dtype) -> dict[str, LinearSpec]:

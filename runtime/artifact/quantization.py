@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pressd.runtime.artifact.errors import ArtifactError
 from pressd.runtime.artifact.families import EMBED, EMBED_PREFIX, ModelMap
 from pressd.runtime.artifact.own_config import MODEL_TYPE
-from pressd.runtime.artifact.schemes import GROUP_SIZES, Scheme, parse_scheme
+from pressd.runtime.artifact.schemes import FLOATS, GROUP_SIZES, Scheme, parse_scheme
 
-FORMATS = {"packed_int": "pack-quantized", "int8": "int-quantized"}
+FORMATS = {"packed_int": "pack-quantized", "int8": "int-quantized", "fp8": "float-quantized"}
 MIXED = "mixed-precision"
 _MAX_PATTERN = 4096
 _NAME_CHARACTERS = 64
@@ -112,21 +112,29 @@ def _scheme(group: dict[str, object], outer_format: object, at: str) -> Scheme:
         raise ArtifactError(f"{at}.weights: num_bits is {bits!r}; it must be an integer")
     strategy = weights.get("strategy")
     inputs = group.get("input_activations")
-    if not _is_plain_integer(weights) or group.get("output_activations"):
-        raise ArtifactError(f"{at}: only symmetric static integer weights without outputs' quantisation are supported")
+    kind = weights.get("type", "int")
+    if not _is_plain(weights) or group.get("output_activations"):
+        raise ArtifactError(f"{at}: only symmetric static weights without outputs' quantisation are supported")
     if strategy == "group" and size in GROUP_SIZES:
         grouping = f"g{size}"
     elif strategy == "channel" and size in (None, -1):
         grouping = ""
     else:
         raise ArtifactError(f"{at}: strategy {strategy!r} with group_size {size!r} is not supported")
-    if inputs is not None and not _is_dynamic_int8(
-        _object(inputs, f"{at}.input_activations"), size if grouping else None
+    if inputs is not None and not _is_dynamic_8(
+        _object(inputs, f"{at}.input_activations"), kind, size if grouping else None
     ):
         raise ArtifactError(
-            f"{at}: quantised activations are supported as int8, dynamic, per token or in the weights' groups only"
+            f"{at}: quantised activations are supported as 8 bits of the weights' type, dynamic, per token or in the "
+            "weights' groups only"
         )
-    name = f"w{bits}a{16 if inputs is None else 8}{grouping}"
+    activation_bits = 16 if inputs is None else 8
+    if kind == "float":
+        if bits != 8 or grouping:
+            raise ArtifactError(f"{at}: floats are supported with 8 bits and one scale per channel only")
+        name = next(name for name, own in FLOATS.items() if own == activation_bits)
+    else:
+        name = f"w{bits}a{activation_bits}{grouping}"
     try:
         scheme = parse_scheme(name)
     except ValueError as error:
@@ -137,19 +145,20 @@ def _scheme(group: dict[str, object], outer_format: object, at: str) -> Scheme:
     return scheme
 
 
-def _is_plain_integer(args: dict[str, object]) -> bool:
-    plain = {"type": "int", "symmetric": True, "dynamic": False}
-    named = {"num_bits", "strategy", "group_size", "actorder"} | _INERT
+def _is_plain(args: dict[str, object]) -> bool:
+    plain = {"symmetric": True, "dynamic": False}
+    named = {"type", "num_bits", "strategy", "group_size", "actorder"} | _INERT
     return (
         all(args.get(key, plain[key]) == plain[key] for key in plain)
+        and args.get("type", "int") in ("int", "float")
         and args.get("actorder") in _NATURAL_ORDER
         and all(value is None for key, value in args.items() if key not in plain and key not in named)
     )
 
 
-def _is_dynamic_int8(args: dict[str, object], group_size: object) -> bool:
+def _is_dynamic_8(args: dict[str, object], kind: object, group_size: object) -> bool:
     """Whether activations are rounded as kernels do it: by their maximum per token and, if any, weights' group."""
-    wanted: dict[str, object] = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True}
+    wanted: dict[str, object] = {"num_bits": 8, "type": kind, "symmetric": True, "dynamic": True}
     wanted |= {"strategy": "token"} if group_size is None else {"strategy": "group", "group_size": group_size}
     return all(args.get(key) == value for key, value in wanted.items()) and all(
         value is None for key, value in args.items() if key not in wanted and key not in _INERT

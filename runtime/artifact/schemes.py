@@ -1,8 +1,9 @@
 """What a scheme's name means.
 
-    [sparse24:|lowrank{r}:] (bf16 | fp16 | w8a8 | w{2..8}a{16|8}[g{32|64|128}]) [+residual{r}]
+    [sparse24:|lowrank{r}:] (bf16 | fp16 | fp8 | fp8a16 | w8a8 | w{2..8}a{16|8}[g{32|64|128}]) [+residual{r}]
 
-A8 is int8 activations, symmetric, dynamic: per token, and per group where the weight has groups. `sparse24` keeps two
+A8 is int8 activations, symmetric, dynamic: per token, and per group where the weight has groups. `fp8` has weights
+(with a scale per row) and activations (per token) as e4m3 floats, `fp8a16` weights alone. `sparse24` keeps two
 of every four weights, `lowrank` stores two thin factors in the scheme that follows, `+residual` adds dense factors of
 rank r that correct what the rest lost.
 """
@@ -15,13 +16,16 @@ import torch
 
 from pressd.runtime.artifact.specs import Chain, LinearSpec, Masked, Packed, Sum
 from pressd.runtime.kernels.dense import format as dense
+from pressd.runtime.kernels.fp8 import format as fp8
 from pressd.runtime.kernels.int8 import format as int8
 from pressd.runtime.kernels.packed_int import format as packed_int
 
 CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FLOATS = {"fp8": 8, "fp8a16": 16}  # and the bits of their activations
 GROUP_SIZES = (32, 64, 128)
 _GROUP = f"[g{'|g'.join(map(str, GROUP_SIZES))}]"
-KNOWN = f"bf16, fp16, w8a8, w{{2..8}}a{{16|8}}{_GROUP}, sparse24:SCHEME, lowrank{{r}}:SCHEME, SCHEME+residual{{r}}"
+_PLAIN = f"bf16, fp16, fp8, fp8a16, w8a8, w{{2..8}}a{{16|8}}{_GROUP}"
+KNOWN = f"{_PLAIN}, sparse24:SCHEME, lowrank{{r}}:SCHEME, SCHEME+residual{{r}}"
 _RANK = r"[1-9]\d{0,4}"
 _NAME = re.compile(
     rf"(?:(?P<sparse>sparse24):|lowrank(?P<rank>{_RANK}):)?(?P<weights>[a-z0-9]+)(?:\+residual(?P<residual>{_RANK}))?",
@@ -116,6 +120,8 @@ def parse_scheme(text: str) -> Scheme:
         if residual_rank is not None and rank is None and not sparse24:
             raise ValueError(f"scheme {text!r}: {weights} loses nothing that a residual could correct; write {weights}")
         storage, bits, group_size, activation_bits = dense.NAME, 16, None, 16
+    elif weights in FLOATS:
+        storage, bits, group_size, activation_bits = fp8.NAME, 8, None, FLOATS[weights]
     elif integers is not None and (integers[3] is None or int(integers[3]) in GROUP_SIZES):
         bits, activation_bits = int(integers[1]), int(integers[2])
         group_size = None if integers[3] is None else int(integers[3])
@@ -125,6 +131,8 @@ def parse_scheme(text: str) -> Scheme:
         raise ValueError(f"scheme {text!r} is not known; choose one of {KNOWN}")
     if sparse24 and activation_bits != 16:
         raise ValueError(f"scheme {text!r}: sparse24 weights meet 16-bit activations only; write a16")
+    if sparse24 and storage == fp8.NAME:
+        raise ValueError(f"scheme {text!r}: sparse24 keeps dense weights or integers; write w8a16")
     return Scheme(
         name=text,
         storage=storage,

@@ -17,6 +17,7 @@ from typing import TypeAlias
 import torch
 
 from pressd.runtime.kernels.dense import format as dense
+from pressd.runtime.kernels.fp8 import format as fp8
 from pressd.runtime.kernels.int8 import format as int8
 from pressd.runtime.kernels.mask import format as mask
 from pressd.runtime.kernels.packed_int import format as packed_int
@@ -24,7 +25,7 @@ from pressd.runtime.kernels.packed_int import format as packed_int
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 LAYOUTS: dict[str, Callable[[int, int, int, int | None, torch.dtype], Layout]] = {
-    module.NAME: module.layout for module in (dense, int8, packed_int)
+    module.NAME: module.layout for module in (dense, fp8, int8, packed_int)
 }
 
 

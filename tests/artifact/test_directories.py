@@ -226,7 +226,7 @@ HOSTILE: list[tuple[str, str, Damage, str]] = [
         "float codes",
         "pressed",
         quantization(config_groups__group_0__weights__type="float"),
-        "only symmetric static integer",
+        "floats are supported with 8 bits and one scale per channel only",
     ),
     ("asymmetric", "pressed", quantization(config_groups__group_0__weights__symmetric=False), "only symmetric static"),
     ("permuted", "pressed", quantization(config_groups__group_0__weights__actorder="group"), "only symmetric static"),
@@ -248,7 +248,7 @@ HOSTILE: list[tuple[str, str, Damage, str]] = [
         "activations",
         "pressed",
         quantization(config_groups__group_0__input_activations={"num_bits": 8}),
-        "int8, dynamic",
+        "8 bits of the weights' type, dynamic",
     ),
     (
         "group of nothing stored",

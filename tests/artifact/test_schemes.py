@@ -70,7 +70,7 @@ def test_the_other_schemes() -> None:
 )
 def test_anything_else_is_refused_with_what_is_known(text: str) -> None:
     with pytest.raises(
-        ValueError, match=r"is not known; choose one of bf16, fp16, w8a8, w\{2\.\.8\}a\{16\|8\}"
+        ValueError, match=r"is not known; choose one of bf16, fp16, fp8, fp8a16, w8a8, w\{2\.\.8\}a\{16\|8\}"
     ) as caught:
         parse_scheme(text)
     assert repr(text) in str(caught.value)

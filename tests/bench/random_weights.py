@@ -84,8 +84,12 @@ class RandomCheckpoint:
         if not dtype.is_floating_point:
             limits = torch.iinfo(dtype)
             return torch.randint(limits.min, limits.max + 1, shape, dtype=dtype, device=self.device)
+        if suffix == "weight" and dtype == torch.float8_e4m3fn:
+            return torch.randn(shape, device=self.device).mul_(100).clamp_(-448, 448).to(dtype)
         if suffix == "weight":
             return torch.randn(shape, dtype=dtype, device=self.device).mul_(leaf.in_features**-0.5)
+        if leaf.storage == "fp8":
+            return torch.rand(shape, device=self.device).add_(0.5).mul_(leaf.in_features**-0.5 / 100).to(dtype)
         # Uniform codes spread over 2^bits / sqrt(12) around zero.
         scale = (12 / leaf.in_features) ** 0.5 / 2**leaf.bits
         return torch.rand(shape, device=self.device).add_(0.5).mul_(scale).to(dtype)

@@ -12,6 +12,7 @@ from pressd.compress.recipe import parse_recipe
 from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.artifact.schemes import Scheme, parse_scheme
 from pressd.runtime.artifact.tokenizer import load_tokenizer
+from pressd.runtime.kernels.fp8 import format as fp8
 from pressd.runtime.kernels.int8 import format as int8
 from pressd.runtime.kernels.integer_codes import quantize
 from pressd.runtime.kernels.packed_int import format as packed_int
@@ -22,6 +23,7 @@ SCHEMES = [
     *(f"w{bits}a16g32" for bits in range(2, 9)),
     *("w2a16", "w3a16", "w4a16", "w5a16", "w8a16"),
 ]
+FLOATS = ["fp8", "fp8a16"]
 # Schemes and recipes that compressed-tensors has no words for.
 OURS = [
     '"qkv" = "sparse24:w4a16g32"\n"down" = "sparse24:w8a16"',
@@ -46,7 +48,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return path
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES + FLOATS)
 def test_transformers_loads_what_we_write(source: Path, scheme: str, tmp_path: Path) -> None:
     compress(source, scheme, tmp_path / "out")
     _assert_same_weights(Checkpoint.open(tmp_path / "out"), _load(tmp_path / "out"))
@@ -92,7 +94,7 @@ def test_transformers_loads_the_example_model_pressed(scheme: str, tmp_path: Pat
     _assert_same_weights(Checkpoint.open(tmp_path / "out"), _load(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("scheme", ["w4a16g32", "w3a16"])
+@pytest.mark.parametrize("scheme", ["w4a16g32", "w3a16", "fp8a16"])
 def test_transformers_computes_the_same_logits(tiny_llama: Path, scheme: str, tmp_path: Path) -> None:
     compress(tiny_llama, scheme, tmp_path / "out")
     ids = torch.randint(0, 97, (2, 33), generator=torch.Generator().manual_seed(3))
@@ -126,18 +128,22 @@ def test_transformers_rounds_activations_alike(tiny_llama: Path, scheme: str, tm
     assert bool(((ours - theirs).abs() <= 160 * 2**-23 * (x.abs() @ weight.abs().T)).all())
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES + FLOATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_codes_and_scales_are_theirs(scheme: str, dtype: torch.dtype) -> None:
     parsed = parse_scheme(scheme)
     weight = torch.randn(48, 160, generator=torch.Generator().manual_seed(parsed.bits)).to(dtype)
     weight[3] = 0
-    codes, scale = quantize(weight, parsed.bits, parsed.group_size)
+    is_float = parsed.storage == fp8.NAME
+    codes, scale = fp8.quantize(weight) if is_float else quantize(weight, parsed.bits, parsed.group_size)
     their_scale = _their_scale(weight, parsed)
     assert torch.equal(scale, their_scale)
     # In float32, as their GPU kernel divides; on a CPU they divide in the weight's own type, and round twice.
     theirs = _their_tensors(weight.float(), their_scale, parsed)
-    ours = int8.encode(codes, scale) if parsed.storage == "int8" else packed_int.encode(codes, scale, parsed.bits)
+    if is_float:
+        ours = fp8.encode(codes, scale)
+    else:
+        ours = int8.encode(codes, scale) if parsed.storage == "int8" else packed_int.encode(codes, scale, parsed.bits)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
@@ -168,7 +174,7 @@ def test_the_tokenizer_of_what_they_refuse_is_the_sources(tmp_path: Path, capfd:
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w3a16g32", "w4a16g32", "w4a16", "w8a16"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w3a16g32", "w4a16g32", "w4a16", "w8a16", *FLOATS])
 def test_we_read_what_they_write(tiny_llama: Path, scheme: str, tmp_path: Path) -> None:
     _press_with_their_tools(tiny_llama, parse_scheme(scheme), tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
@@ -223,11 +229,15 @@ def _assert_same_weights(checkpoint: Checkpoint, model: Any) -> None:
         assert torch.equal(checkpoint.tensor(name), model.get_parameter(name)), name
 
 
+def _kind(scheme: Scheme) -> str:
+    return "float" if scheme.storage == fp8.NAME else "int"
+
+
 def _their_arguments(scheme: Scheme) -> Any:
     from compressed_tensors.quantization import QuantizationArgs
 
     strategy = "channel" if scheme.group_size is None else "group"
-    return QuantizationArgs(num_bits=scheme.bits, type="int", strategy=strategy, group_size=scheme.group_size)
+    return QuantizationArgs(num_bits=scheme.bits, type=_kind(scheme), strategy=strategy, group_size=scheme.group_size)
 
 
 def _their_scheme(scheme: Scheme) -> Any:
@@ -235,7 +245,7 @@ def _their_scheme(scheme: Scheme) -> Any:
 
     strategy = "token" if scheme.group_size is None else "group"
     activations = QuantizationArgs(
-        num_bits=8, type="int", strategy=strategy, group_size=scheme.group_size, dynamic=True
+        num_bits=8, type=_kind(scheme), strategy=strategy, group_size=scheme.group_size, dynamic=True
     )
     return QuantizationScheme(
         targets=["Linear"],
@@ -255,7 +265,7 @@ def _their_scale(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 def _their_tensors(weight: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
     from compressed_tensors.compressors import BaseCompressor
 
-    name = "int-quantized" if scheme.storage == "int8" else "pack-quantized"
+    name = {"int8": "int-quantized", "fp8": "float-quantized"}.get(scheme.storage, "pack-quantized")
     compressor = BaseCompressor.get_value_from_registry(name)
     return compressor.compress({"weight": weight, "weight_scale": scale}, _their_scheme(scheme))
 
