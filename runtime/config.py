@@ -21,7 +21,7 @@ class EngineConfig:
     the model's own limit. `threads` None leaves torch's choice. `target_itl` is the time, in seconds, that a step
     should take at most while sequences wait for their next token, so that prompts are computed in smaller pieces beside
     them (None: only `max_step_tokens` bounds a step). With `overlap` a step is launched before the results of the last
-    are read.
+    are read (None: on a GPU). `cuda_graphs` lets a GPU replay decoding steps instead of being told of each operator.
     """
 
     device: DeviceName = "auto"
@@ -35,7 +35,8 @@ class EngineConfig:
     threads: int | None = None
     target_itl: float | None = None
     prefix_cache: bool = True
-    overlap: bool = False
+    overlap: bool | None = None
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_batch", "max_step_tokens"):

@@ -17,6 +17,7 @@ from pressd.runtime.constraints import ConstraintError
 from pressd.runtime.emission import NOT_FINITE, emit, report
 from pressd.runtime.errors import RequestError
 from pressd.runtime.guides import Guides, reason_of
+from pressd.runtime.kernels.compilations import Compilations
 from pressd.runtime.params import Constraint, SamplingParams, StoppingParams
 from pressd.runtime.report import StepResult, StepStats
 from pressd.runtime.request import FinishReason, Request, RequestOutput
@@ -42,13 +43,15 @@ class Engine:
         )
         self._guides = Guides(parts.compiler, self.info.vocab_size, self._runner.decoder.device)
         # With overlap, a step is launched before the results of the one before it are read.
-        self._depth = int(config.overlap)
+        on_gpu = self._runner.decoder.device.type == "cuda"
+        self._depth = int(on_gpu if config.overlap is None else config.overlap)
         self._shares_prompts = config.prefix_cache
         self._in_flight: deque[tuple[Launched, float]] = deque()  # and the seconds that planning it took
         self._live: dict[str, list[Sequence]] = {}
         self._serial = itertools.count()
         self._numeric_errors = 0
         self._callers = Callers(path)
+        self._compilations = Compilations()  # of kernels, from now on: all that are needed should be there
         self.num_steps = 0
 
     @classmethod
@@ -158,6 +161,8 @@ class Engine:
             prefix_hit_tokens=self._kv.num_hit_tokens,
             evicted_blocks=sum(pool.num_evicted for pool in self._kv.pools),
             host_seconds=max(0.0, seconds - done.model_seconds) if done else 0.0,
+            graph="hit" if done and done.is_replay else "eager",
+            late_compiles=self._compilations.count,
         )
 
     def flush_prefix_cache(self) -> int:

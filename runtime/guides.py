@@ -78,7 +78,8 @@ class Guides:
         places = [place for place, sequence in enumerate(drawing) if sequence.matcher is not None]
         if not places:
             return None
-        bits = torch.zeros(len(places), self._words, dtype=torch.int32)
+        # Pinned where a GPU reads it, when it comes to it: see sampling.scratch.upload.
+        bits = torch.zeros(len(places), self._words, dtype=torch.int32, pin_memory=self._device.type == "cuda")
         for row, place in enumerate(places):
             matcher = drawing[place].matcher
             assert isinstance(matcher, Matcher)
@@ -87,7 +88,7 @@ class Guides:
             except ConstraintError as error:
                 bits[row].zero_()
                 self._errors[drawing[place]] = error
-        return TokenMasks(places, bits.to(self._device))
+        return TokenMasks(places, bits.to(self._device, non_blocking=True))
 
     def why_impossible(self, sequence: Sequence) -> tuple[FinishReason, str]:
         """Return why a sequence could draw nothing."""

@@ -1,6 +1,7 @@
 """What the engine says of itself: plain data, no torch, no protocol."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pressd.runtime.request import RequestOutput
 
@@ -12,7 +13,8 @@ class StepStats:
     Totals: kv_gathers (a layer read keys and values of scattered blocks through a copy), kv_copied_blocks,
     numeric_errors, preemptions, prefix_queried_tokens, prefix_hit_tokens, evicted_blocks. `kv_blocks_cached` are free
     to be taken but hold a prefix. `seconds` are those of planning, launching and collecting the step; `host_seconds`
-    the part of them in which, on a CPU, no layer ran: scheduling, sampling and Python.
+    the part of them in which, on a CPU, no layer ran: scheduling, sampling and Python. `graph` tells how layers were
+    launched: `hit` as one graph, `eager` one by one. `late_compiles` counts kernels compiled while serving.
     """
 
     seconds: float
@@ -32,6 +34,8 @@ class StepStats:
     prefix_hit_tokens: int
     evicted_blocks: int
     host_seconds: float
+    graph: Literal["hit", "eager"] = "eager"
+    late_compiles: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +62,8 @@ class EngineInfo:
     """What start-up discovered; constant for the life of the engine. Bytes are of memory really allocated.
 
     `kv_blocks` and `kv_bytes` are of all KV groups together; `kv_tokens` is the longest sequence that they can hold.
-    `unfused_groups` are those whose members could not become one matrix.
+    `unfused_groups` are those whose members could not become one matrix. `activations_bytes` are what the largest step
+    takes on a GPU, `graphs_bytes` what captured steps keep there; 0 elsewhere.
     """
 
     architecture: str
@@ -79,3 +84,5 @@ class EngineInfo:
     kernels: tuple[KernelChoice, ...]
     unfused_groups: int
     load_seconds: dict[str, float]
+    activations_bytes: int = 0
+    graphs_bytes: int = 0

@@ -10,13 +10,16 @@ from pressd.runtime.kernels.attention.batch import AttentionBatch, QueryRun
 from pressd.runtime.kv_cache import BlockCopy, KVGroup
 from pressd.runtime.layers.attention import LayerKV
 from pressd.runtime.models.decoder import Decoder
+from pressd.runtime.readback import Readback
 from pressd.runtime.request import TokenLogprobs
-from pressd.runtime.sampling import Drawn, Sampler, TokenMasks, log_probabilities
+from pressd.runtime.sampling import Drawn, LogprobColumns, Sampler, TokenMasks, log_probabilities, upload
 from pressd.runtime.scheduler import Scheduled, StepPlan
 from pressd.runtime.state import RequestTable, StepInput
 
 # Rows of a prompt's logits that exist at once: 64 x 150,000 in float32 are 38 MB.
 PROMPT_TILE = 64
+# What is read back of log-probabilities: ids, their values and ranks, the likeliest ids and their values.
+NUM_COLUMNS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +33,37 @@ class PromptScores:
     top_ids: torch.Tensor
     top_logprobs: torch.Tensor
 
+    def columns(self) -> tuple[torch.Tensor, ...]:
+        return (self.token_ids, self.logprobs, self.ranks, self.top_ids, self.top_logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What the layers made of a step: `finite`, bool [sequences], tells whose hidden states are numbers.
+
+    `logits` [B, V] are of the sequences that draw, in the order of the plan; `rows` and `places`, int64 [B], are theirs
+    in the request table, and where the drawn token goes. `hidden` [T, H] is None if a graph was replayed.
+    """
+
+    logits: torch.Tensor
+    rows: torch.Tensor
+    places: torch.Tensor
+    finite: torch.Tensor
+    hidden: torch.Tensor | None
+
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A step whose work is under way; its results are on the device.
+    """A step whose work is under way; its results are on their way to the host.
 
-    `finite`, bool [sequences], tells whose hidden states are numbers. The host was busy with the launch for `seconds`,
-    for `model_seconds` of them with layers (on a CPU, which computes them then; a GPU is only told to).
+    The host was busy with the launch for `seconds`, for `model_seconds` of them with layers (on a CPU, which computes
+    them then; a GPU is only told to). `is_replay`: a graph was replayed.
     """
 
     plan: StepPlan
-    drawn: Drawn
-    finite: torch.Tensor
+    results: Readback
+    is_replay: bool
+    logprobs: LogprobColumns | None
     prompts: tuple[PromptScores, ...]
     seconds: float
     model_seconds: float
@@ -90,6 +112,11 @@ class Runner:
         )
 
     @property
+    def graphs_bytes(self) -> int:
+        """Bytes that captured steps keep on the device."""
+        return 0
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of the keys and values of all layers."""
         return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in self.kv)
@@ -103,44 +130,63 @@ class Runner:
             assert sequence.row is not None
             self.table.admit(sequence)
             self.sampler.admit(sequence.row, sequence.request, sequence.index, len(sequence.token_ids))
-        for item in plan.rows:
-            self.table.update_blocks(item.sequence)
+        self.table.update_blocks([item.sequence for item in plan.rows])
         for copy in plan.copies:
             self._copy(copy)
-        step = self.table.prepare(plan.rows)
         model_began = time.perf_counter()
-        hidden = self.decoder.forward(step.token_ids, step.positions, self.kv, self._batches(plan, step))
-        logits = self.decoder.lm_head(hidden.index_select(0, step.ends))
+        computed = self._compute(plan)
         model_seconds = time.perf_counter() - model_began
-        drawn = self._draw(plan, step, logits, allowed)
-        prompts = tuple(self._score_prompt(item, hidden, first) for item, first in _reporting(plan))
+        drawn = self._draw(plan, computed, allowed)
+        prompts = tuple(self._score_prompt(item, computed.hidden, first) for item, first in reporting(plan))
+        results = [drawn.token_ids, drawn.finite, drawn.possible, computed.finite]
+        results += drawn.logprobs.columns() if drawn.logprobs is not None else ()
+        results += [column for scores in prompts for column in scores.columns()]
         seconds = time.perf_counter() - began
-        return Launched(plan, drawn, _finite_parts(hidden, step.stops), prompts, seconds, model_seconds)
+        return Launched(
+            plan, Readback(results), computed.hidden is None, drawn.logprobs, prompts, seconds, model_seconds
+        )
 
     def collect(self, launched: Launched) -> list[Outcome]:
         """Wait for a step and return an outcome for each sequence of its plan, in order."""
-        drawn = launched.drawn
-        tokens, finite, possible = drawn.token_ids.tolist(), drawn.finite.tolist(), drawn.possible.tolist()
-        logprobs = drawn.logprobs.by_place() if drawn.logprobs is not None else {}
-        prompts = {scores.item.sequence: _read(scores) for scores in launched.prompts}
+        token_ids, finite, possible, whole, *columns = launched.results.wait()
+        logprobs: dict[int, TokenLogprobs] = {}
+        if launched.logprobs is not None:
+            own, columns = columns[:NUM_COLUMNS], columns[NUM_COLUMNS:]
+            logprobs = launched.logprobs.by_place(own)
+        prompts = {
+            scores.item.sequence: _read(columns[NUM_COLUMNS * place : NUM_COLUMNS * (place + 1)])
+            for place, scores in enumerate(launched.prompts)
+        }
+        tokens, are_finite, are_possible = token_ids.tolist(), finite.tolist(), possible.tolist()
         outcomes, place = [], 0
-        for item, is_finite in zip(launched.plan.rows, launched.finite.tolist(), strict=True):
+        for item, is_finite in zip(launched.plan.rows, whole.tolist(), strict=True):
             report = prompts.get(item.sequence, ())
             if item.draws:
-                is_finite = is_finite and finite[place]
+                is_finite = is_finite and are_finite[place]
                 scores = (logprobs[place],) if place in logprobs else ()
-                outcomes.append(Outcome(item, tokens[place], is_finite, possible[place], scores, report))
+                outcomes.append(Outcome(item, tokens[place], is_finite, are_possible[place], scores, report))
                 place += 1
             else:
                 outcomes.append(Outcome(item, finite=is_finite, prompt_logprobs=report))
         return outcomes
 
-    def _draw(self, plan: StepPlan, step: StepInput, logits: torch.Tensor, allowed: TokenMasks | None) -> Drawn:
+    def _compute(self, plan: StepPlan) -> Computed:
+        """Run the layers over the tokens of a step."""
+        step = self.table.prepare(plan.rows)
+        hidden = self.decoder.forward(step.token_ids, step.positions, self.kv, self._batches(plan, step))
+        return Computed(
+            logits=self.decoder.lm_head(hidden.index_select(0, step.ends)),
+            rows=upload([item.row for item in plan.rows if item.draws], torch.int64, self.decoder.device),
+            places=step.positions.index_select(0, step.ends) + 1,
+            finite=finite_parts(hidden, step.stops),
+            hidden=hidden,
+        )
+
+    def _draw(self, plan: StepPlan, computed: Computed, allowed: TokenMasks | None) -> Drawn:
         rows = [item.row for item in plan.rows if item.draws]
-        places = step.positions.index_select(0, step.ends) + 1
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        drawn = self.sampler.sample(wide, rows, places, allowed)
-        self.table.append(rows, places, drawn.token_ids)
+        wide = computed.logits.to(torch.promote_types(computed.logits.dtype, torch.float32))
+        drawn = self.sampler.sample(wide, rows, computed.places, allowed)
+        self.table.append(computed.rows, computed.places, drawn.token_ids)
         return drawn
 
     def _batches(self, plan: StepPlan, step: StepInput) -> list[AttentionBatch]:
@@ -166,13 +212,15 @@ class Runner:
         return [batches[self._group_of[layer]] for layer in range(len(self.kv))]
 
     def _copy(self, copy: BlockCopy) -> None:
-        sources, targets = (torch.tensor(blocks, device=self.decoder.device) for blocks in (copy.sources, copy.targets))
+        device = self.decoder.device
+        sources, targets = (upload(blocks, torch.int64, device) for blocks in (copy.sources, copy.targets))
         for layer in self.groups[copy.group].layers:
             for blocks in (self.kv[layer].keys, self.kv[layer].values):
                 blocks.index_copy_(0, targets, blocks.index_select(0, sources))
 
-    def _score_prompt(self, item: Scheduled, hidden: torch.Tensor, first_row: int) -> PromptScores:
+    def _score_prompt(self, item: Scheduled, hidden: torch.Tensor | None, first_row: int) -> PromptScores:
         """Score the prompt tokens that come after those of this chunk."""
+        assert hidden is not None
         sequence = item.sequence
         stop = min(item.stop, sequence.num_prompt_tokens - 1)
         rows = hidden[first_row : first_row + stop - item.start]
@@ -187,7 +235,7 @@ class Runner:
         return PromptScores(item, following.clone(), scores, ranks, top_ids, top)
 
 
-def _finite_parts(hidden: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
+def finite_parts(hidden: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
     """Return bool [sequences]: whether all hidden states [T, H] of each part, which end at `stops`, are numbers.
 
     A token that is none spoils keys and values of those before it in its chunk: what is masked counts as 0 times NaN.
@@ -197,7 +245,7 @@ def _finite_parts(hidden: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:
     return until == torch.cat((torch.zeros_like(until[:1]), until[:-1]))
 
 
-def _reporting(plan: StepPlan) -> list[tuple[Scheduled, int]]:
+def reporting(plan: StepPlan) -> list[tuple[Scheduled, int]]:
     """Return the parts of the plan that have prompt tokens to score, and their first rows in the step."""
     found, row = [], 0
     for item in plan.rows:
@@ -208,8 +256,7 @@ def _reporting(plan: StepPlan) -> list[tuple[Scheduled, int]]:
     return found
 
 
-def _read(scores: PromptScores) -> tuple[TokenLogprobs, ...]:
-    columns = (scores.token_ids, scores.logprobs, scores.ranks, scores.top_ids, scores.top_logprobs)
+def _read(columns: Many[torch.Tensor]) -> tuple[TokenLogprobs, ...]:
     ids, values, ranks, top_ids, top = (column.tolist() for column in columns)
     return tuple(
         TokenLogprobs(token_id=token, logprob=value, rank=rank, top=tuple(zip(others, tops, strict=True)))

@@ -11,13 +11,17 @@ from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.config import EngineConfig
 from pressd.runtime.constraints import ConstraintCompiler
 from pressd.runtime.costs import CostTable, StepBudget, TimeBudget, TokenBudget
+from pressd.runtime.cuda_runner import CudaRunner
+from pressd.runtime.graphs import CudaCapture
+from pressd.runtime.kernels.catalogue import step_kernel
 from pressd.runtime.kv_cache import KVCache, KVGroup
 from pressd.runtime.kv_plan import longest_sequence, plan_groups
 from pressd.runtime.models import Decoder, load_decoder
 from pressd.runtime.report import EngineInfo
 from pressd.runtime.runner import Runner
+from pressd.runtime.warm_up import kv_memory, warm_up
 
-# Share of the memory that is free when the weights are loaded which an unconfigured KV pool may take.
+# Share of a computer's free memory which an unconfigured KV pool may take; of a GPU's it takes what is left.
 KV_SHARE = 0.25
 WARMUP_TOKENS = 16
 # Steps are timed with 1, 4, 16, ... tokens, the best of so many runs each, until one takes so many targets.
@@ -53,25 +57,22 @@ def start_from(checkpoint: Checkpoint, config: EngineConfig, *, verify_seconds: 
     decoder = load_decoder(checkpoint, device=device, dtype=dtype, prefer=config.kernels)
     seconds["read"] = time.monotonic() - began
     began = time.monotonic()
+    peak = warm_up(decoder, config.max_step_tokens)
     budget = measure_budget(decoder, config)
     seconds["warmup"] = time.monotonic() - began
     max_context = context_limit(config, decoder)
-    groups = size_groups(config, decoder, max_context)
+    groups = size_groups(config, decoder, max_context, peak)
     kv_tokens = longest_sequence(
         groups, block_size=config.block_size, max_context=max_context, chunk=config.max_step_tokens
     )
-    runner = Runner(
-        decoder,
-        groups,
-        block_size=config.block_size,
-        max_batch=config.max_batch,
-        max_length=min(max_context, kv_tokens + 1),  # the last token of a sequence is never computed
-    )
-    info = _describe(checkpoint, runner, config, max_context, kv_tokens, seconds)
+    began = time.monotonic()
+    runner = make_runner(decoder, groups, config, max_length=min(max_context, kv_tokens + 1))
+    seconds["graph_capture"] = time.monotonic() - began
+    info = _describe(checkpoint, runner, config, max_context, kv_tokens, seconds, peak)
     kv = KVCache(
         groups,
         config.block_size,
-        contiguous=device.type == "cpu",  # where attention reads views; a GPU's kernels follow block tables
+        contiguous=not decoder.reads_tables,
         prefix_cache=config.prefix_cache,
         artifact_id=checkpoint.artifact_id,
         kv_dtype=info.kv_dtype,
@@ -87,6 +88,7 @@ def _describe(
     max_context: int,
     kv_tokens: int,
     seconds: dict[str, float],
+    activations_bytes: int,
 ) -> EngineInfo:
     decoder = runner.decoder
     dtype = str(decoder.dtype).removeprefix("torch.")
@@ -105,11 +107,30 @@ def _describe(
         kv_tokens=kv_tokens,
         kv_bytes=runner.kv_bytes,
         weights_bytes=decoder.weights_bytes,
+        activations_bytes=activations_bytes,
+        graphs_bytes=runner.graphs_bytes,
         dense_bytes=checkpoint.dense_bytes,
         kernels=decoder.kernels,
         unfused_groups=decoder.unfused_groups,
         load_seconds=seconds,
     )
+
+
+def make_runner(decoder: Decoder, groups: tuple[KVGroup, ...], config: EngineConfig, max_length: int) -> Runner:
+    """Return the runner that suits the kernels, ready to run; `max_length` bounds a sequence and the token it draws."""
+    if not decoder.reads_tables:
+        return Runner(decoder, groups, block_size=config.block_size, max_batch=config.max_batch, max_length=max_length)
+    runner = CudaRunner(
+        decoder,
+        groups,
+        block_size=config.block_size,
+        max_batch=config.max_batch,
+        max_length=max_length,
+        prepare=step_kernel().prepare,
+        capture=CudaCapture(decoder.device) if config.cuda_graphs else None,
+    )
+    runner.warm_up()
+    return runner
 
 
 @torch.inference_mode()
@@ -170,12 +191,12 @@ def context_limit(config: EngineConfig, decoder: Decoder) -> int:
     return config.max_context
 
 
-def size_groups(config: EngineConfig, decoder: Decoder, max_context: int) -> tuple[KVGroup, ...]:
-    """Return the KV groups, with the blocks that the configured or the free memory allows."""
+def size_groups(config: EngineConfig, decoder: Decoder, max_context: int, peak: int) -> tuple[KVGroup, ...]:
+    """Return the KV groups, with the blocks that the configured or the free memory allows; `peak` as of `warm_up`."""
     if config.kv_memory is not None:
         memory = config.kv_memory
     elif decoder.device.type == "cuda":
-        memory = int(torch.cuda.mem_get_info(decoder.device)[0] * KV_SHARE)
+        memory = kv_memory(decoder, config, peak)
     else:
         memory = int(psutil.virtual_memory().available * KV_SHARE)
     return plan_groups(

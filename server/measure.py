@@ -27,16 +27,15 @@ REJECTIONS = {
 # Totals of the engine's reports, and the counters that follow them.
 TOTALS = {
     "kv_gathers": m.KV_GATHERS,
+    "late_compiles": m.COMPILES,
     "preemptions": m.PREEMPTIONS,
     "prefix_queried_tokens": m.PREFIX_QUERIES,
     "prefix_hit_tokens": m.PREFIX_HITS,
     "evicted_blocks": m.PREFIX_EVICTED,
 }
 
-# What kernels are made with, by the first word of their names; all of today's are programs of PyTorch's operators.
+# What kernels are made with, by the first word of their names.
 TOOLS = {"cpu": "torch", "triton": "triton", "cuda": "cuda"}
-# How steps are launched: nothing is captured into graphs in this build.
-LAUNCH = "eager"
 
 
 def begin(metrics: m.Metrics) -> None:
@@ -48,7 +47,7 @@ def begin(metrics: m.Metrics) -> None:
     for series in m.SERIES:
         if series.kind == "histogram" and series.labels == ("model",):
             metrics.observe(series, 0.0, times=0)
-    metrics.add(m.STEPS, LAUNCH, by=0)
+    metrics.add(m.STEPS, "eager", by=0)
     metrics.add(m.NUMERIC_ERRORS, "nan_logits", by=0)
     for reason in REJECTIONS.values():
         metrics.add(m.REJECTED, reason, by=0)
@@ -67,6 +66,11 @@ def model(metrics: m.Metrics, info: EngineInfo, card: ModelCard) -> None:
         metrics.add(m.DISPATCHES, *labels, by=0)
     metrics.set(m.MEMORY, info.device, "weights", to=info.weights_bytes)
     metrics.set(m.MEMORY, info.device, "kv", to=info.kv_bytes)
+    if info.graphs_bytes:
+        metrics.set(m.MEMORY, info.device, "graphs", to=info.graphs_bytes)
+        metrics.add(m.STEPS, "hit", by=0)
+    if info.activations_bytes:
+        metrics.set(m.MEMORY, info.device, "activations_peak", to=info.activations_bytes)
     metrics.set(m.CACHE_CONFIG, str(info.block_size), str(info.kv_blocks), to=1)
     metrics.set(m.WEIGHTS, info.device, card.format, to=info.weights_bytes)
     metrics.set(m.DENSE, to=info.dense_bytes)
@@ -126,7 +130,7 @@ def step(metrics: m.Metrics, stats: StepStats, before: StepStats | None) -> None
         metrics.observe(m.STEP_TIME, stats.seconds, kind)
         metrics.observe(m.STEP_TOKENS, stats.num_prefill_tokens + stats.num_decode_tokens)
         metrics.observe(m.BATCH_SIZE, stats.num_rows)
-        metrics.add(m.STEPS, LAUNCH)
+        metrics.add(m.STEPS, stats.graph)
         assert metrics.loaded is not None  # nothing runs before
         for labels, num_layers in metrics.loaded.layers.items():
             metrics.add(m.DISPATCHES, *labels, by=num_layers)

@@ -74,6 +74,7 @@ STEPS = Series("engine_steps", "counter", "Steps by the way they were launched",
 DISPATCHES = Series(
     "kernel_dispatch", "counter", "Layers that steps went through, once each, by what computes them", ("op", "impl")
 )
+COMPILES = Series("kernel_compiles_after_warmup", "counter", "Kernels compiled while requests waited for them")
 KV_USAGE = Series("kv_cache_usage_ratio", "gauge", "Share of KV blocks in use")
 KV_BLOCKS = Series("kv_cache_blocks", "gauge", "KV blocks by state", ("model", "dtype", "state"))
 KV_BLOCK_TOKENS = Series("kv_cache_block_tokens", "gauge", "Tokens of a KV block", ("model", "dtype"))

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -29,6 +29,17 @@ class LinearProblem:
     out_features: int
     in_features: int
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedRows:
+    """Activations that are quantised already: codes [T, in], int8 or float8_e4m3fn, and scale float32 [T, 1]."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+
+Rows: TypeAlias = torch.Tensor | QuantizedRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +69,8 @@ class LinearKernel:
     tensors out once; what it returns is all the memory the layer keeps. `run(x, packed, problem)` maps x [T, in],
     contiguous, to [T, out] in the problem's dtype, for any T including zero. `rows(ids, packed, problem)` decodes the
     rows of W at ids int64 [T] to [T, in] in the problem's dtype, for embeddings; None where the packed layout has no
-    way to its rows.
+    way to its rows. `run_codes(x, packed, problem)` is `run` for rows that whoever made them has quantised already, to
+    `codes` and by their own maximum, as activation_bits 8 without groups asks for; None where nothing is saved by it.
     """
 
     name: str
@@ -67,6 +79,8 @@ class LinearKernel:
     pack: Callable[[Tensors, LinearProblem, Device], Tensors]
     run: Callable[[torch.Tensor, Tensors, LinearProblem], torch.Tensor]
     rows: Callable[[torch.Tensor, Tensors, LinearProblem], torch.Tensor] | None = None
+    codes: torch.dtype | None = None
+    run_codes: Callable[[QuantizedRows, Tensors, LinearProblem], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +88,59 @@ class AttentionKernel:
     """An implementation of attention over paged keys and values.
 
     `run(query, key_blocks, value_blocks, batch, problem)`: query [T, heads, head_dim], blocks
-    [blocks, block_size, kv_heads, head_dim] that already hold the new tokens; returns [T, heads, head_dim].
+    [blocks, block_size, kv_heads, head_dim] that already hold the new tokens; returns [T, heads, head_dim]. One that
+    `reads_tables` looks at `batch.decoding` and `batch.prompts` alone, and never at what is on the host.
     """
 
     name: str
     why_not: Callable[[AttentionProblem, Device], str | None]
     run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionBatch, AttentionProblem], torch.Tensor]
+    reads_tables: bool = False
+
+
+class RotateAndWrite(Protocol):
+    """Normalise each head (with a gain), rotate queries and keys, write keys and values to their slots.
+
+    `qkv` is [T, (num_heads + 2 num_kv_heads) * head_dim]; `cos` and `sin` are either those of the rows, [T, 1,
+    head_dim / 2], with `positions` None, or tables [P, head_dim / 2] with positions int64 [T]. `keys` and `values` are
+    [blocks, block_size, kv_heads, head_dim]; with positions given, a slot (block * block_size + offset, int64 [T])
+    below 0 writes nothing. Returns the queries [T, num_heads, head_dim].
+    """
+
+    def __call__(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        norm_gain: torch.Tensor | None,
+        epsilon: float,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointwiseKernels:
+    """What lies between the linears, for one compute type.
+
+    `add_norm(x, delta, gain, epsilon, quantize)` returns x + delta (x where delta is None) and its RMS norm, both
+    [T, H]; `silu_mul(gate_up, quantize)` maps [T, 2 F] to silu(first half) * second half, [T, F]. With `quantize`, a
+    type of codes, the norm and the product come as QuantizedRows. `selects_rotations` tells whether `rotate_and_write`
+    wants the cosines and sines of the rows or the whole tables.
+    """
+
+    name: str
+    why_not: Callable[[torch.dtype, Device], str | None]
+    add_norm: Callable[
+        [torch.Tensor, torch.Tensor | None, torch.Tensor, float, torch.dtype | None], tuple[torch.Tensor, Rows]
+    ]
+    silu_mul: Callable[[torch.Tensor, torch.dtype | None], Rows]
+    rotate_and_write: RotateAndWrite
+    selects_rotations: bool
 
 
 K = TypeVar("K", bound=Candidate)

@@ -5,13 +5,19 @@ from typing import Protocol
 
 import torch
 
-from pressd.runtime.kernels.registry import LinearKernel, LinearProblem, Tensors
+from pressd.runtime.kernels.registry import LinearKernel, LinearProblem, QuantizedRows, Rows, Tensors
 
 
 class LinearLayer(Protocol):
-    """Maps x [T, in] to [T, out]; `tensors` are all it keeps in memory."""
+    """Maps x [T, in] to [T, out]; `tensors` are all it keeps in memory.
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    `wants` is the type of codes that it would rather get x in, as QuantizedRows; None: it takes tensors only.
+    """
+
+    @property
+    def wants(self) -> torch.dtype | None: ...
+
+    def __call__(self, x: Rows) -> torch.Tensor: ...
 
     def tensors(self) -> list[torch.Tensor]: ...
 
@@ -25,8 +31,17 @@ class Linear:
     packed: Tensors
     bias: torch.Tensor | None = None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.kernel.run(x, self.packed, self.problem)
+    @property
+    def wants(self) -> torch.dtype | None:
+        by_row = self.problem.activation_bits == 8 and self.problem.group_size is None
+        return self.kernel.codes if by_row and self.kernel.run_codes is not None else None
+
+    def __call__(self, x: Rows) -> torch.Tensor:
+        if isinstance(x, QuantizedRows):
+            assert self.kernel.run_codes is not None, f"{self.kernel.name} takes no codes"
+            y = self.kernel.run_codes(x, self.packed, self.problem)
+        else:
+            y = self.kernel.run(x, self.packed, self.problem)
         return y if self.bias is None else y + self.bias
 
     def tensors(self) -> list[torch.Tensor]:
@@ -39,7 +54,11 @@ class UnfusedLinear:
 
     members: tuple[LinearLayer, ...]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def wants(self) -> torch.dtype | None:
+        return None
+
+    def __call__(self, x: Rows) -> torch.Tensor:
         return torch.cat([member(x) for member in self.members], dim=-1)
 
     def tensors(self) -> list[torch.Tensor]:
@@ -54,7 +73,11 @@ class ChainLinear:
     seconds: tuple[LinearLayer, ...]
     ranks: tuple[int, ...]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def wants(self) -> torch.dtype | None:
+        return None
+
+    def __call__(self, x: Rows) -> torch.Tensor:
         parts = torch.split(self.first(x), list(self.ranks), dim=-1)
         outputs = [second(part.contiguous()) for second, part in zip(self.seconds, parts, strict=True)]
         return torch.cat(outputs, dim=-1)
@@ -70,7 +93,11 @@ class SumLinear:
     base: LinearLayer
     residual: LinearLayer
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def wants(self) -> torch.dtype | None:
+        return None
+
+    def __call__(self, x: Rows) -> torch.Tensor:
         return self.base(x) + self.residual(x)
 
     def tensors(self) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from pressd.runtime.artifact.families import FusedGroup
 from pressd.runtime.artifact.families import Linear as StoredLinear
 from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.artifact.specs import Chain, LinearSpec, Masked, Packed, Sum, child_tensors
-from pressd.runtime.kernels.catalogue import LINEAR
+from pressd.runtime.kernels.catalogue import linear_kernels
 from pressd.runtime.kernels.mask import format as mask
 from pressd.runtime.kernels.registry import Device, LinearKernel, LinearProblem, Preference, Tensors, select
 from pressd.runtime.layers.embedding import Embedding
@@ -133,7 +133,7 @@ class LinearLoader:
                 return "its layout has no way to single rows"
             return kernel.why_not(problem, self.device)
 
-        candidates = [kernel for kernel in LINEAR if kernel.storage == problem.storage]
+        candidates = [kernel for kernel in linear_kernels(self.device) if kernel.storage == problem.storage]
         kernel, refusals = select(candidates, why_not, self.prefer)
         key = ("embedding" if looks_up else "linear", problem.storage, kernel.name, refusals)
         self._choices[key] = self._choices.get(key, 0) + 1

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pressd.runtime.kernels.registry import PointwiseKernels, Rows
 from pressd.runtime.layers.linear import LinearLayer
 
 
@@ -13,10 +14,10 @@ class GatedMLP:
 
     gate_up: LinearLayer
     down: LinearLayer
+    kernels: PointwiseKernels
 
-    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x_TH).chunk(2, dim=-1)
-        return self.down(torch.nn.functional.silu(gate) * up)
+    def __call__(self, x_TH: Rows) -> torch.Tensor:
+        return self.down(self.kernels.silu_mul(self.gate_up(x_TH), self.down.wants))
 
     def tensors(self) -> list[torch.Tensor]:
         return [*self.gate_up.tensors(), *self.down.tensors()]

@@ -16,6 +16,15 @@ class RopeConfig:
     magnitude: float = 1.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotations:
+    """How the rows of a step are rotated: cosines and sines [T, 1, head_dim / 2], or tables and positions int64 [T]."""
+
+    positions: torch.Tensor | None
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
 class Rotary:
     """Rotates queries and keys by their positions; cosines and sines are tabulated once, in float32 or wider."""
 
@@ -30,12 +39,8 @@ class Rotary:
         self.cos = (angles.cos() * config.magnitude).to(device, wide)
         self.sin = (angles.sin() * config.magnitude).to(device, wide)
 
-    def select(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (cos, sin), each [T, 1, head_dim / 2], of positions int64 [T]."""
-        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [T, heads, head_dim] pairwise: element i with element i + head_dim / 2."""
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    def of(self, positions: torch.Tensor, *, select: bool) -> Rotations:
+        """Return the rotations of rows at positions int64 [T]; `select` takes them out of the tables."""
+        if not select:
+            return Rotations(positions=positions, cos=self.cos, sin=self.sin)
+        return Rotations(positions=None, cos=self.cos[positions].unsqueeze(1), sin=self.sin[positions].unsqueeze(1))

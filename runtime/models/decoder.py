@@ -9,15 +9,19 @@ from typing import TypeAlias
 
 import torch
 
-from pressd.runtime.kernels.attention.batch import AttentionBatch, QueryRun
+from pressd.runtime.kernels.attention.batch import AttentionBatch, QueryRun, page
+from pressd.runtime.kernels.registry import PointwiseKernels
 from pressd.runtime.layers.attention import Attention, LayerKV
 from pressd.runtime.layers.embedding import Embedding
 from pressd.runtime.layers.linear import LinearLayer
 from pressd.runtime.layers.mlp import GatedMLP
 from pressd.runtime.layers.norm import RMSNorm
-from pressd.runtime.layers.rotary import Rotary
+from pressd.runtime.layers.rotary import Rotary, Rotations
 from pressd.runtime.models.config import DecoderConfig
 from pressd.runtime.report import KernelChoice
+
+# Tokens in a block of sequences that are computed without a cache to keep, where block tables are followed.
+PAGE = 16
 
 Batches: TypeAlias = AttentionBatch | Sequence[AttentionBatch]
 
@@ -32,10 +36,18 @@ class Block:
     mlp: GatedMLP
 
     def __call__(
-        self, x_TH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKV, batch: AttentionBatch
-    ) -> torch.Tensor:
-        x_TH = x_TH + self.attention(self.input_norm(x_TH), cos, sin, kv, batch)
-        return x_TH + self.mlp(self.post_attention_norm(x_TH))
+        self,
+        x_TH: torch.Tensor,
+        delta_TH: torch.Tensor | None,
+        rotations: Rotations,
+        kv: LayerKV,
+        batch: AttentionBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the residual stream and what is still to be added to it: the next norm does that while it reads it."""
+        x_TH, normed = self.input_norm.add(x_TH, delta_TH, self.attention.qkv.wants)
+        attended = self.attention(normed, rotations, kv, batch)
+        x_TH, normed = self.post_attention_norm.add(x_TH, attended, self.mlp.gate_up.wants)
+        return x_TH, self.mlp(normed)
 
     def tensors(self) -> list[torch.Tensor]:
         parts = (self.input_norm, self.attention, self.post_attention_norm, self.mlp)
@@ -51,6 +63,7 @@ class Decoder:
     dtype: torch.dtype
     embedding: Embedding
     rotary: Rotary
+    pointwise: PointwiseKernels
     blocks: tuple[Block, ...]
     final_norm: RMSNorm
     head: LinearLayer
@@ -61,7 +74,10 @@ class Decoder:
         self, token_ids: torch.Tensor, positions: torch.Tensor, kv: Sequence[LayerKV], batch: Batches
     ) -> torch.Tensor:
         """Return hidden states [T, H] after the final norm, for ids and positions int64 [T]; writes the new KV."""
-        return self.final_norm(self.run_layers(self.embedding(token_ids), positions, kv, batch))
+        x_TH, delta_TH = self._stream(self.embedding(token_ids), positions, kv, batch, range(len(self.blocks)))
+        _, hidden = self.final_norm.add(x_TH, delta_TH)
+        assert isinstance(hidden, torch.Tensor)
+        return hidden
 
     def run_layers(
         self,
@@ -76,12 +92,19 @@ class Decoder:
         The stream starts as the embedding and ends at the final norm; it may be taken on from wherever it was left.
         `kv` has an entry for each of the decoder's layers; so has `batch`, unless it is one for all of them.
         """
+        x_TH, delta_TH = self._stream(x_TH, positions, kv, batch, range(len(self.blocks)) if layers is None else layers)
+        return x_TH if delta_TH is None else x_TH + delta_TH
+
+    def _stream(
+        self, x_TH: torch.Tensor, positions: torch.Tensor, kv: Sequence[LayerKV], batch: Batches, layers: range
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert len(kv) == len(self.blocks), f"{len(kv)} layers of keys and values for {len(self.blocks)} blocks"
         batches = [batch] * len(kv) if isinstance(batch, AttentionBatch) else batch
-        cos, sin = self.rotary.select(positions)
-        for index in range(len(self.blocks)) if layers is None else layers:
-            x_TH = self.blocks[index](x_TH, cos, sin, kv[index], batches[index])
-        return x_TH
+        rotations = self.rotary.of(positions, select=self.pointwise.selects_rotations)
+        delta_TH: torch.Tensor | None = None
+        for index in layers:
+            x_TH, delta_TH = self.blocks[index](x_TH, delta_TH, rotations, kv[index], batches[index])
+        return x_TH, delta_TH
 
     def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits [..., V] of hidden states [..., H]."""
@@ -90,14 +113,24 @@ class Decoder:
     def hidden_states(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
         """Return [B, T, H] after the final norm for B independent sequences int64 [B, T], without a cache to keep."""
         num_sequences, length = token_ids_BT.shape
-        # One block as long as a sequence each, and one pool for all layers: a layer's KV is dead once it has run.
-        scratch = self.new_kv(num_sequences, length)
+        # One pool for all layers: a layer's KV is dead once it has run. Whoever reads views has one block a sequence.
+        block_size = PAGE if self.reads_tables else length
+        blocks = -(-length // block_size)
+        scratch = self.new_kv(num_sequences * blocks, block_size)
         runs = tuple(
-            QueryRun(start=index * length, length=length, kv_length=length, block_table=(index,), first_block=index)
+            QueryRun(
+                start=index * length,
+                length=length,
+                kv_length=length,
+                block_table=range(index * blocks, (index + 1) * blocks),
+                first_block=index * blocks,
+            )
             for index in range(num_sequences)
         )
-        slots = torch.arange(num_sequences * length, device=self.device)
-        batch = AttentionBatch(runs=runs, slot_mapping=slots)
+        sequences = torch.arange(num_sequences, device=self.device)[:, None] * (blocks * block_size)
+        slots = (sequences + torch.arange(length, device=self.device)).flatten()
+        decoding, prompts = page(runs, block_size, self.device) if self.reads_tables else (None, None)
+        batch = AttentionBatch(runs=runs, slot_mapping=slots, decoding=decoding, prompts=prompts)
         positions = torch.arange(length, device=self.device).repeat(num_sequences)
         flat = token_ids_BT.to(self.device).flatten()
         hidden = self.forward(flat, positions, [scratch] * len(self.blocks), batch)
@@ -112,6 +145,12 @@ class Decoder:
         shape = (num_blocks, block_size, self.config.num_kv_heads, self.config.head_dim)
         keys = torch.empty(shape, dtype=self.dtype, device=self.device)
         return LayerKV(keys=keys, values=torch.empty_like(keys))
+
+    @property
+    def reads_tables(self) -> bool:
+        """Whether all that a step needs is on the device: block tables to follow, positions to rotate by."""
+        follows = all(block.attention.kernel.reads_tables for block in self.blocks)
+        return follows and not self.pointwise.selects_rotations
 
     @property
     def kv_bytes_per_token(self) -> int:

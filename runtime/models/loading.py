@@ -3,6 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -10,8 +11,15 @@ from pressd.runtime.artifact.families import EMBED, LM_HEAD, FusedGroup, ModelMa
 from pressd.runtime.artifact.fields import Config
 from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.kernels.attention.batch import AttentionProblem
-from pressd.runtime.kernels.catalogue import ATTENTION
-from pressd.runtime.kernels.registry import AttentionKernel, Device, Preference, describe_device, select
+from pressd.runtime.kernels.catalogue import attention_kernels, pointwise_kernels
+from pressd.runtime.kernels.registry import (
+    AttentionKernel,
+    Device,
+    PointwiseKernels,
+    Preference,
+    describe_device,
+    select,
+)
 from pressd.runtime.layers.attention import Attention
 from pressd.runtime.layers.linear_loader import LinearLoader
 from pressd.runtime.layers.mlp import GatedMLP
@@ -29,6 +37,15 @@ FAMILIES: dict[str, Callable[[Config, ModelMap], DecoderConfig]] = {
     "Qwen3ForCausalLM": qwen3.read_config,
 }
 GROUP_KINDS = ("qkv", "o", "gate_up", "down")
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What a block runs on besides its linears' kernels."""
+
+    problem: AttentionProblem
+    attention: AttentionKernel
+    pointwise: PointwiseKernels
 
 
 def decoder_config(checkpoint: Checkpoint) -> DecoderConfig:
@@ -57,10 +74,11 @@ def load_decoder(
         for window in config.windows
     ]
     attention, attention_choices = choose_attention(problems, loader.device, prefer)
+    pointwise, pointwise_choice = choose_pointwise(dtype, loader.device, prefer, len(problems))
     groups = {group.name: group for group in checkpoint.model.groups()}
     embedding = loader.load_embedding(groups[EMBED])
     blocks = tuple(
-        _load_block(loader, groups, index, config, problem, attention[problem])
+        _load_block(loader, groups, index, config, Kernels(problem, attention[problem], pointwise))
         for index, problem in enumerate(problems)
     )
     head = embedding.as_head() if checkpoint.model.tied else loader.load(groups[LM_HEAD])
@@ -70,10 +88,11 @@ def load_decoder(
         dtype=dtype,
         embedding=embedding,
         rotary=Rotary(config.rope, config.head_dim, config.max_context, device, dtype),
+        pointwise=pointwise,
         blocks=blocks,
-        final_norm=_load_norm(loader, config.final_norm, config),
+        final_norm=_load_norm(loader, config.final_norm, config, pointwise),
         head=head,
-        kernels=(*loader.choices(), *attention_choices),
+        kernels=(*loader.choices(), *attention_choices, *pointwise_choice),
         unfused_groups=loader.unfused_groups,
     )
 
@@ -84,13 +103,25 @@ def choose_attention(
     """Return the kernel of each distinct problem, and each distinct choice with the number of layers it serves."""
     selected: dict[AttentionProblem, tuple[AttentionKernel, tuple[str, ...]]] = {}
     for problem in dict.fromkeys(problems):
-        selected[problem] = select(ATTENTION, functools.partial(_refusal, problem, device), prefer)
+        selected[problem] = select(attention_kernels(device), functools.partial(_refusal, problem, device), prefer)
     layers = Counter((selected[problem][0].name, selected[problem][1]) for problem in problems)
     choices = tuple(
         KernelChoice(op="attention", storage="paged", implementation=name, layers=count, refusals=refusals)
         for (name, refusals), count in sorted(layers.items())
     )
     return {problem: kernel for problem, (kernel, _) in selected.items()}, choices
+
+
+def choose_pointwise(
+    dtype: torch.dtype, device: Device, prefer: Preference, num_layers: int
+) -> tuple[PointwiseKernels, tuple[KernelChoice, ...]]:
+    """Return what norms, rotations and gates run on, and the choice as it is reported, where there was one."""
+    candidates = pointwise_kernels(device)
+    kernels, refusals = select(candidates, lambda kernels: kernels.why_not(dtype, device), prefer)
+    choice = KernelChoice(
+        op="pointwise", storage="dense", implementation=kernels.name, layers=num_layers, refusals=refusals
+    )
+    return kernels, (choice,) if len(candidates) > 1 else ()
 
 
 def _refusal(problem: AttentionProblem, device: Device, kernel: AttentionKernel) -> str | None:
@@ -102,37 +133,38 @@ def _load_block(
     groups: Mapping[str, FusedGroup],
     index: int,
     config: DecoderConfig,
-    problem: AttentionProblem,
-    kernel: AttentionKernel,
+    kernels: Kernels,
 ) -> Block:
     qkv, o, gate_up, down = (loader.load(groups[f"layers.{index}.{kind}"]) for kind in GROUP_KINDS)
     return Block(
-        input_norm=_load_norm(loader, config.input_norm.format(index), config),
+        input_norm=_load_norm(loader, config.input_norm.format(index), config, kernels.pointwise),
         attention=Attention(
-            problem=problem,
-            kernel=kernel,
+            problem=kernels.problem,
+            kernel=kernels.attention,
+            kernels=kernels.pointwise,
             qkv=qkv,
             output=o,
-            query_key_norm=_load_query_key_norm(loader, index, config),
+            head_gain=_load_head_gain(loader, index, config),
+            head_epsilon=config.norm_epsilon,
         ),
-        post_attention_norm=_load_norm(loader, config.post_attention_norm.format(index), config),
-        mlp=GatedMLP(gate_up=gate_up, down=down),
+        post_attention_norm=_load_norm(loader, config.post_attention_norm.format(index), config, kernels.pointwise),
+        mlp=GatedMLP(gate_up=gate_up, down=down, kernels=kernels.pointwise),
     )
 
 
-def _load_norm(loader: LinearLoader, name: str, config: DecoderConfig) -> RMSNorm:
-    return RMSNorm(gain=_load_gain(loader, name), epsilon=config.norm_epsilon)
+def _load_norm(loader: LinearLoader, name: str, config: DecoderConfig, kernels: PointwiseKernels) -> RMSNorm:
+    return RMSNorm(gain=_load_gain(loader, name), epsilon=config.norm_epsilon, kernels=kernels)
 
 
-def _load_query_key_norm(loader: LinearLoader, index: int, config: DecoderConfig) -> RMSNorm | None:
-    """One norm for all heads of queries and keys, which lie side by side: each head has its row of the gain."""
+def _load_head_gain(loader: LinearLoader, index: int, config: DecoderConfig) -> torch.Tensor | None:
+    """The gains of the norms of queries and keys, whose heads lie side by side: a row for each head."""
     if config.query_norm is None or config.key_norm is None:
         return None
     gains = [
         _load_gain(loader, name.format(index)).expand(num_heads, config.head_dim)
         for name, num_heads in ((config.query_norm, config.num_heads), (config.key_norm, config.num_kv_heads))
     ]
-    return RMSNorm(gain=torch.cat(gains), epsilon=config.norm_epsilon)
+    return torch.cat(gains)
 
 
 def _load_gain(loader: LinearLoader, name: str) -> torch.Tensor:

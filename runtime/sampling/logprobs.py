@@ -3,6 +3,7 @@
 Legend: T rows, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,10 +32,13 @@ class LogprobColumns:
     top_ids: torch.Tensor
     top_logprobs: torch.Tensor
 
-    def by_place(self) -> dict[int, TokenLogprobs]:
-        """Read them back, by place in the batch; waits for the device."""
-        columns = (self.token_ids, self.logprobs, self.ranks, self.top_ids, self.top_logprobs)
-        entries = zip(self.places, self.num_top, *(column.tolist() for column in columns), strict=True)
+    def columns(self) -> tuple[torch.Tensor, ...]:
+        return (self.token_ids, self.logprobs, self.ranks, self.top_ids, self.top_logprobs)
+
+    def by_place(self, columns: Sequence[torch.Tensor] | None = None) -> dict[int, TokenLogprobs]:
+        """Return them by place in the batch: from `columns`, copies on the host, or waiting for the device."""
+        own = self.columns() if columns is None else columns
+        entries = zip(self.places, self.num_top, *(column.tolist() for column in own), strict=True)
         return {
             place: TokenLogprobs(
                 token_id=token, logprob=logprob, rank=rank, top=tuple(zip(ids[:num], tops[:num], strict=True))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 
@@ -34,6 +35,12 @@ class Scratch:
         return self.take("wide", values.shape, torch.float64).copy_(values).sum(dim=-1)
 
 
-def upload(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the values as a tensor on `device`; a GPU is not waited for."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+Values: TypeAlias = Sequence[int] | Sequence[float] | Sequence[tuple[int, ...]]
+
+
+def upload(values: Values, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the values as a tensor on `device`; a GPU is not waited for.
+
+    It reads them when it comes to it: from pinned memory, which is kept until then, as other memory is not.
+    """
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -243,9 +243,9 @@ def test_a_config_read_wrongly_would_be_seen(pair: Pair, changes: dict[str, Any]
         assert pair.error(decoder.full_logits(pair.token_ids)) > 1e-2
 
 
-def _without_query_key_norm(block: Block) -> Block:
-    assert block.attention.query_key_norm is not None
-    return replace(block, attention=replace(block.attention, query_key_norm=None))
+def _without_head_gain(block: Block) -> Block:
+    assert block.attention.head_gain is not None
+    return replace(block, attention=replace(block.attention, head_gain=None))
 
 
 def _without_qkv_bias(block: Block) -> Block:
@@ -261,7 +261,7 @@ def _without_qkv_bias(block: Block) -> Block:
         ("Llama.biases", _without_qkv_bias),
         ("Qwen2.plain", _without_qkv_bias),
         ("Qwen3.biases", _without_qkv_bias),
-        ("Qwen3.plain", _without_query_key_norm),
+        ("Qwen3.plain", _without_head_gain),
     ],
     indirect=["pair"],
 )

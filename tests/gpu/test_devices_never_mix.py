@@ -5,7 +5,7 @@ meet, as CUDA would. Weights come from the CPU, as they do from a file.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pressd.runtime import startup
+from pressd.runtime import runner, startup
 from pressd.runtime.config import EngineConfig
 from pressd.runtime.engine import Engine
 from pressd.runtime.kernels.registry import Device
@@ -99,8 +99,10 @@ def put(tensor: torch.Tensor, key: Any, value: torch.Tensor) -> None:
         torch.ops.aten.copy_(pick(tensor, key), value)
 
 
-def literal(values: Any, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> torch.Tensor:
-    """Do torch.tensor(values); the values can be read back."""
+def literal(
+    values: Any, *, dtype: torch.dtype | None = None, device: torch.device | None = None, pin_memory: bool = False
+) -> torch.Tensor:
+    """Do torch.tensor(values); the values can be read back. Nothing is pinned: that takes a driver."""
     with _disable_current_modes():
         known = torch.tensor(values, dtype=dtype)
     tensor = torch.empty(tuple(known.shape), dtype=known.dtype, device=device)
@@ -118,6 +120,16 @@ DETOURS: dict[Any, Callable[..., Any]] = {
 }
 
 
+class NoReadback:
+    """Tensors stay where they are: an event takes a driver."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def wait(self) -> Sequence[torch.Tensor]:
+        return self._tensors
+
+
 @pytest.fixture(autouse=True)
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A GPU of compute capability 9.0 without data; what the host reads back from it is made up."""
@@ -133,6 +145,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             return known.tolist()
 
     monkeypatch.setattr(FakeTensor, "tolist", read_back)
+    monkeypatch.setattr(runner, "Readback", NoReadback)
     with FakeTensorMode(), Detours():
         yield
 
@@ -140,7 +153,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def start(random_weights: ModuleType, scheme: str, dtype: torch.dtype, *, whole: bool = False, **shape: Any) -> Engine:
     cpu = torch.device("cpu")
     checkpoint = random_weights.RandomCheckpoint(SHAPE | shape, scheme, device=cpu, dtype=dtype, whole=whole)
-    config = EngineConfig(kernels="reference", block_size=4, max_batch=3, max_step_tokens=8, kv_memory=1 << 16)
+    config = EngineConfig(
+        kernels="reference", block_size=4, max_batch=3, max_step_tokens=8, kv_memory=1 << 16, overlap=False
+    )
     return Engine(startup.start_from(checkpoint, config, verify_seconds=0.0), config)
 
 

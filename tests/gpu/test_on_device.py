@@ -15,7 +15,7 @@ from pressd.compress import compress
 from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.config import DeviceName, EngineConfig
 from pressd.runtime.engine import Engine
-from pressd.runtime.kernels.attention.batch import AttentionBatch, QueryRun
+from pressd.runtime.kernels.attention.batch import AttentionBatch, QueryRun, page
 from pressd.runtime.models import Decoder, load_decoder
 from pressd.runtime.params import SamplingParams, StoppingParams
 from pressd.runtime.request import Request
@@ -119,7 +119,13 @@ def _paged(decoder: Decoder, token_ids: torch.Tensor, chunk: int) -> torch.Tenso
         stop = min(start + chunk, LENGTH)
         slots = [table[p // block_size] * block_size + p % block_size for p in range(start, stop)]
         run = QueryRun(start=0, length=stop - start, kv_length=stop, block_table=table, first_block=None)
-        batch = AttentionBatch(runs=(run,), slot_mapping=torch.tensor(slots, device=decoder.device))
+        decoding, prompts = page((run,), block_size, decoder.device)
+        batch = AttentionBatch(
+            runs=(run,),
+            slot_mapping=torch.tensor(slots, device=decoder.device),
+            decoding=decoding,
+            prompts=prompts,
+        )
         positions = torch.arange(start, stop, device=decoder.device)
         pieces.append(decoder.lm_head(decoder.forward(token_ids[start:stop].to(decoder.device), positions, kv, batch)))
     return torch.cat(pieces)

@@ -9,6 +9,7 @@ import torch
 from pressd.runtime.kernels import crossovers
 from pressd.runtime.kernels.catalogue import LINEAR
 from pressd.runtime.kernels.dense import format as dense
+from pressd.runtime.kernels.fp8 import format as fp8
 from pressd.runtime.kernels.int8 import format as int8
 from pressd.runtime.kernels.packed_int import format as packed_int
 from pressd.runtime.kernels.registry import REFERENCE, LinearKernel, LinearProblem, Tensors, describe_device, select
@@ -32,6 +33,8 @@ def storages(kernel: LinearKernel) -> list[tuple[int, int | None, int]]:
         return [(16, None, 16)]
     if kernel.storage == int8.NAME:
         return [(8, None, 8), (8, None, 16), (8, 32, 8)]
+    if kernel.storage == fp8.NAME:
+        return [(8, None, 16), (8, None, 8)]
     if kernel.storage == packed_int.NAME and kernel.name == REFERENCE:
         return [(4, 32, 16), (4, 64, 8), (3, None, 16), (3, None, 8), (7, 32, 8), (8, None, 16)]
     return list(itertools.product(BITS, GROUPS, (16, 8))) if kernel.storage == packed_int.NAME else []
@@ -43,6 +46,10 @@ def stored(problem: LinearProblem, generator: torch.Generator) -> tuple[Tensors,
     if problem.storage == dense.NAME:
         weight = torch.randn(shape, generator=generator, dtype=torch.float32).to(problem.dtype)
         return dense.encode(weight), weight.double().numpy()
+    if problem.storage == fp8.NAME:
+        floats = (torch.randn(shape, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+        scale = (torch.rand(shape[0], 1, generator=generator) / 100).to(torch.bfloat16)
+        return fp8.encode(floats, scale), (floats.double() * scale.double()).numpy()
     half = 1 << (problem.bits - 1)
     codes = torch.randint(-half, half, shape, generator=generator, dtype=torch.int8)
     groups = 1 if problem.group_size is None else problem.in_features // problem.group_size
@@ -59,8 +66,14 @@ def activations(rows: int, problem: LinearProblem, generator: torch.Generator) -
     """Return x [rows, in] in float64 and what int8 quantisation per row, or per group of a row, makes of it.
 
     Whole codes times a power of two with the extreme at -127.5 steps, which becomes -127: the oracle needs no rounding
-    rule of its own, and 16-bit floats hold every value.
+    rule of its own, and 16-bit floats hold every value. In 8-bit floats they are exact, with an extreme of 448.
     """
+    if problem.storage == fp8.NAME:
+        floats = (torch.randn(rows, problem.in_features, generator=generator) * 100).clamp(-448, 448)
+        exact = floats.to(torch.float8_e4m3fn).double()
+        exact[:, :1] = 448.0
+        exact *= 2.0 ** torch.randint(-6, 3, (rows, 1), generator=generator).double()
+        return exact, exact
     group_size = problem.group_size or problem.in_features
     shape = (rows, problem.in_features // group_size, group_size)
     codes = torch.randint(-127, 128, shape, generator=generator).double()

@@ -2,7 +2,7 @@
 
 Mixed lengths, arrivals, priorities and ways of sampling; some share prefixes, some are cancelled, some are put back and
 computed again. With one KV group and with several, on runs of blocks (as on a CPU) and on scattered ones (as on a GPU),
-with results read at once and one step late.
+with results read at once and one step late; also by the runner of a GPU, with graphs that are played.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_graphs import pretend_gpu
 
 from pressd.runtime.config import EngineConfig
 from pressd.runtime.engine import Engine
@@ -136,12 +137,16 @@ def crowded(path: Path, *, contiguous: bool, overlap: bool) -> Engine:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("way", ["views", "scattered", "graphs"])
 def test_sixty_four_in_a_crowd_equal_each_alone(
-    model: tuple[Path, list[Request], Answers], contiguous: bool, overlap: bool
+    model: tuple[Path, list[Request], Answers], way: str, overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, requests, expected = model
+    contiguous = way == "views"
+    if way == "graphs":
+        pretend_gpu(monkeypatch)
     engine = crowded(path, contiguous=contiguous, overlap=overlap)
+    replays = 0
     rng = random.Random(6)
     answers: Answers = {}
     pending, cancelled = list(requests), set()
@@ -152,8 +157,11 @@ def test_sixty_four_in_a_crowd_equal_each_alone(
             victim = rng.choice(requests).request_id
             if engine.abort(victim):
                 cancelled.add(victim)
-        keep(answers, engine.step().outputs)
+        result = engine.step()
+        keep(answers, result.outputs)
+        replays += result.stats.graph == "hit"
         engine.check_integrity()
+    assert (replays > 20) == (way == "graphs")
     assert 3 <= len(cancelled) <= 30
     for key, outputs in expected.items():
         got = tokens_of(answers.get(key, []))
@@ -168,7 +176,7 @@ def test_sixty_four_in_a_crowd_equal_each_alone(
     assert stats.prefix_hit_tokens > 0
     assert stats.evicted_blocks > 0
     assert (stats.kv_copied_blocks > 0) == contiguous
-    assert stats.kv_gathers > 0
+    assert (stats.kv_gathers > 0) == (way != "graphs")
     reasons = {outputs[-1].finish_reason for outputs in answers.values()}
     assert reasons >= {FinishReason.MAX_TOKENS, FinishReason.STOP}
 

@@ -61,7 +61,7 @@ def test_layers_that_a_kernel_refuses_are_counted_apart(
         return None if problem.window is None else "has no window"
 
     without: AttentionKernel = replace(cpu.KERNEL, name="full only", why_not=refuse_windows)
-    monkeypatch.setattr(loading, "ATTENTION", (without, reference.KERNEL))
+    monkeypatch.setattr(loading, "attention_kernels", lambda device: (without, reference.KERNEL))
     decoder = load(checkpoint)
     assert [block.attention.kernel.name for block in decoder.blocks] == ["reference", "full only", "reference"]
     assert attention_choices(decoder) == [

@@ -30,6 +30,7 @@ SERIES = {
     "engine_steps",
     "generated_tokens",
     "inter_token_latency_seconds",
+    "kernel_compiles_after_warmup",
     "kernel_dispatch",
     "kv_cache_block_tokens",
     "kv_cache_blocks",

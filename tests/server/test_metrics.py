@@ -35,7 +35,7 @@ def value(samples: Samples, name: str, **labels: str) -> float:
 
 
 def stats(**counts: float) -> StepStats:
-    zeros = {field.name: 0 for field in dataclasses.fields(StepStats)}
+    zeros = {field.name: 0 for field in dataclasses.fields(StepStats) if field.name != "graph"}
     return StepStats(**(zeros | counts))  # type: ignore[arg-type]
 
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+# Sequences with at most so many new tokens are attended to as decoding is: one more token than a draft has.
+MAX_DECODE = 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionProblem:
@@ -46,16 +49,83 @@ class QueryRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PagedBatch:
+    """Sequences of a step as a kernel reads them on the device, S places.
+
+    The new tokens of a sequence are rows [starts, starts + lengths) of the step, the last of `kv_lengths` positions; at
+    an empty place both are 0. `rows` tells its row of `block_tables` [R, P], whose entry j is the block of positions
+    j * block_size and on. All are int32 tensors. `max_query` and `max_kv` are bounds that the host knows.
+    """
+
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    kv_lengths: torch.Tensor
+    rows: torch.Tensor
+    block_tables: torch.Tensor
+    max_query: int
+    max_kv: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionBatch:
-    """All sequences of a step; slot_mapping int64 [T] is where new keys and values go (block * block_size + offset)."""
+    """All sequences of a step; slot_mapping int64 [T] is where new keys and values go (block * block_size + offset).
+
+    `runs` is what the host knows of them. Kernels that follow block tables on a device read `decoding`, of sequences
+    with up to MAX_DECODE new tokens, and `prompts`, of those with more; None where there are none, or no such kernel.
+    """
 
     runs: tuple[QueryRun, ...]
     slot_mapping: torch.Tensor
+    decoding: PagedBatch | None = None
+    prompts: PagedBatch | None = None
 
     @property
     def num_gathers(self) -> int:
         """Sequences whose keys and values must be gathered, because their blocks are not contiguous."""
         return sum(run.first_block is None for run in self.runs)
+
+
+def page(
+    runs: Sequence[QueryRun], block_size: int, device: torch.device
+) -> tuple[PagedBatch | None, PagedBatch | None]:
+    """Return what the host knows of sequences as kernels read it: those that decode, and prompts; None for none."""
+    few = [run for run in runs if run.length <= MAX_DECODE]
+    many = [run for run in runs if run.length > MAX_DECODE]
+    return _paged(few, block_size, device), _paged(many, block_size, device)
+
+
+def _paged(runs: Sequence[QueryRun], block_size: int, device: torch.device) -> PagedBatch | None:
+    if not runs:
+        return None
+    tables = [list(run.block_table[: -(-run.kv_length // block_size)]) for run in runs]
+    widest = max(map(len, tables))
+    columns = [(run.start, run.length, run.kv_length, row) for row, run in enumerate(runs)]
+    starts, lengths, kv_lengths, rows = torch.tensor(columns, dtype=torch.int32).t().contiguous().to(device)
+    return PagedBatch(
+        starts=starts,
+        lengths=lengths,
+        kv_lengths=kv_lengths,
+        rows=rows,
+        block_tables=torch.tensor([[*t, *[0] * (widest - len(t))] for t in tables], dtype=torch.int32).to(device),
+        max_query=max(run.length for run in runs),
+        max_kv=max(run.kv_length for run in runs),
+    )
+
+
+def paged_runs(batch: AttentionBatch, block_size: int) -> list[QueryRun]:
+    """Return the sequences of a batch that only the device knows; on a GPU this waits for it."""
+    runs = []
+    for paged in (batch.decoding, batch.prompts):
+        if paged is None:
+            continue
+        columns = torch.stack((paged.starts, paged.lengths, paged.kv_lengths, paged.rows)).t().tolist()
+        for start, length, kv_length, row in columns:
+            if kv_length:
+                table = paged.block_tables[row, : -(-kv_length // block_size)].tolist()
+                runs.append(
+                    QueryRun(start=start, length=length, kv_length=kv_length, block_table=table, first_block=None)
+                )
+    return runs
 
 
 def sequence_view(blocks: torch.Tensor, run: QueryRun, first: int = 0) -> torch.Tensor:

@@ -2,7 +2,13 @@
 
 import torch
 
-from pressd.runtime.kernels.attention.batch import AttentionBatch, AttentionProblem, causal_mask, sequence_view
+from pressd.runtime.kernels.attention.batch import (
+    AttentionBatch,
+    AttentionProblem,
+    causal_mask,
+    paged_runs,
+    sequence_view,
+)
 from pressd.runtime.kernels.registry import REFERENCE, AttentionKernel, Device
 
 
@@ -16,7 +22,7 @@ def run(
     wide = torch.promote_types(problem.dtype, torch.float32)
     group = problem.num_heads // problem.num_kv_heads
     output = torch.empty_like(query)
-    for part in batch.runs:
+    for part in batch.runs or paged_runs(batch, key_blocks.size(1)):
         rows = slice(part.start, part.start + part.length)
         first = part.first_visible(problem.window)
         keys = sequence_view(key_blocks, part, first).to(wide).repeat_interleave(group, dim=1)
