@@ -14,6 +14,7 @@ import gc
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -36,8 +37,9 @@ PYLM = Path(__file__).parents[2] / "examples" / "pylm"
 SCHEMES = ("bf16", "w8a8", "w4a16g128")
 BATCHES = (1, 4, 16)
 PREFILL = 512
-PROMPT = 128  # context before decoding is timed
+CONTEXTS = (128,)  # tokens before decoding is timed
 WARMUP_STEPS = 3
+LONGEST = 16384
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 
 
@@ -46,6 +48,7 @@ class Decode:
     """Decoding of `batch` requests together: medians over steps."""
 
     batch: int
+    context: int
     steps: int
     step_ms: float
     tokens_per_s: float
@@ -97,11 +100,28 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def decode(engine: Engine, batch: int, steps: int, bandwidth: float) -> Decode:
+def profile(engine: Engine, steps: int = 8) -> str:
+    """Return what a GPU is busy with while one request decodes: time of each kernel in a step, the longest first."""
+    engine.add(_request("profile", CONTEXTS[0], steps + 2 * WARMUP_STEPS, salt="profile"))
+    for _ in range(2 * WARMUP_STEPS):
+        engine.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(steps):
+            engine.step()
+        torch.cuda.synchronize()
+    engine.abort("profile")
+    events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)[:16]
+    lines = [f"{e.self_device_time_total / steps:9.1f} us {e.count / steps:7.1f} x  {e.key[:90]}" for e in events]
+    return "\n".join(lines)
+
+
+def decode(engine: Engine, batch: int, context: int, steps: int, bandwidth: float) -> Decode:
     """Time steps in which every one of `batch` requests decodes one token."""
     length = WARMUP_STEPS + steps
     for index in range(batch):
-        engine.add(_request(f"decode-{index}", PROMPT, length + batch + 2))
+        engine.add(
+            _request(f"decode-{index}", context, length + batch * context // PREFILL + batch + 8, salt=str(index))
+        )
     seconds: list[float] = []
     while len(seconds) < length:
         began = time.perf_counter()
@@ -113,9 +133,10 @@ def decode(engine: Engine, batch: int, steps: int, bandwidth: float) -> Decode:
     for index in range(batch):
         engine.abort(f"decode-{index}")
     median = statistics.median(seconds[WARMUP_STEPS:])
-    read = step_bytes(engine, batch, PROMPT + WARMUP_STEPS + steps // 2)
+    read = step_bytes(engine, batch, context + WARMUP_STEPS + steps // 2)
     return Decode(
         batch=batch,
+        context=context,
         steps=steps,
         step_ms=1e3 * median,
         tokens_per_s=batch / median,
@@ -135,35 +156,47 @@ def step_bytes(engine: Engine, batch: int, context: int) -> int:
     return decoder.weights_bytes - table + batch * context * decoder.kv_bytes_per_token
 
 
-def prefill(engine: Engine, runs: int, weights: int) -> Prefill:
+def prefill(engine: Engine, tokens: int, runs: int, weights: int) -> Prefill:
     """Time a prompt that fits one step, from its admission to its first token."""
     seconds = []
     for index in range(runs + 1):
-        engine.add(_request(f"prefill-{index}", PREFILL, 1))
+        engine.add(_request(f"prefill-{index}", tokens, 1, salt=f"prefill-{index}"))
         began = time.perf_counter()
         while engine.has_work:
             engine.step()
         seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds[1:])
-    tflops = 2 * weights * PREFILL / median / 1e12
-    return Prefill(tokens=PREFILL, ms=1e3 * median, tokens_per_s=PREFILL / median, tflops=tflops)
+    tflops = 2 * weights * tokens / median / 1e12
+    return Prefill(tokens=tokens, ms=1e3 * median, tokens_per_s=tokens / median, tflops=tflops)
 
 
-def _request(request_id: str, length: int, new_tokens: int) -> Request:
+def _request(request_id: str, length: int, new_tokens: int, salt: str = "") -> Request:
     prompt = tuple(index % 89 for index in range(length))
     return Request(
         request_id=request_id,
         prompt_token_ids=prompt,
         sampling=SamplingParams(temperature=0.0),
         stopping=StoppingParams(max_new_tokens=new_tokens, ignore_eos=True),
+        cache_salt=salt,
     )
 
 
 def measure(checkpoint: Any, label: str, scheme: str, arguments: argparse.Namespace, bandwidth: float) -> Row:
     config = EngineConfig(
-        device=arguments.device, dtype="bfloat16", max_batch=max(BATCHES), max_step_tokens=PREFILL, max_context=1024
+        device=arguments.device,
+        dtype="bfloat16",
+        max_batch=max(arguments.batches),
+        max_step_tokens=max(arguments.prompt, max(arguments.batches)),
+        max_context=min(max(arguments.prompt, *arguments.contexts) + 256, LONGEST),
     )
     engine = Engine(start_from(checkpoint, config, verify_seconds=0.0), config)
+    print(
+        f"{scheme}: loaded, {engine.info.load_seconds}, KV {engine.info.kv_bytes >> 20} MiB",
+        file=sys.stderr,
+        flush=True,
+    )
+    if arguments.profile:
+        print(profile(engine), file=sys.stderr, flush=True)
     # Of what is multiplied for every token: the linears in the blocks.
     linears = [member for group in checkpoint.model.groups() if "layers." in group.name for member in group.members]
     weights = sum(linear.out_features * linear.in_features for linear in linears)
@@ -173,8 +206,12 @@ def measure(checkpoint: Any, label: str, scheme: str, arguments: argparse.Namesp
         parameters=checkpoint.model.num_params,
         weights_bytes=engine.info.weights_bytes,
         kernels=tuple(sorted({f"{choice.storage}: {choice.implementation}" for choice in engine.info.kernels})),
-        decode=tuple(decode(engine, batch, arguments.steps, bandwidth) for batch in BATCHES),
-        prefill=prefill(engine, arguments.runs, weights),
+        decode=tuple(
+            decode(engine, batch, context, arguments.steps, bandwidth)
+            for context in arguments.contexts
+            for batch in arguments.batches
+        ),
+        prefill=prefill(engine, arguments.prompt, arguments.runs, weights),
     )
 
 
@@ -216,7 +253,7 @@ def shape_config(arguments: argparse.Namespace) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": arguments.kv_heads or max(1, heads // 4),
         "vocab_size": arguments.vocab,
-        "max_position_embeddings": 2048,
+        "max_position_embeddings": LONGEST,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
         "eos_token_id": None,
@@ -231,17 +268,20 @@ def environment(device: torch.device, bandwidth: float) -> dict[str, Any]:
 def markdown(found: dict[str, Any], measured: list[Row]) -> str:
     """Return a table for docs/, with what it was measured on."""
     version = f"PyTorch {found['torch']}" + (f", CUDA {found['cuda']}" if found["cuda"] else "")
+    cases = [(item.context, item.batch) for item in measured[0].decode]
     lines = [
         f"{found['device']}, {version}; a copy moves {found['copy_bytes_per_s'] / 1e9:,.0f} GB/s. Tokens per second "
         f"when decoding (share of the time that reading weights, keys and values at that rate would take), and of a "
-        f"prompt of {PREFILL}; bfloat16, context {PROMPT}, medians.",
+        f"prompt of {measured[0].prefill.tokens}; bfloat16, medians.",
         "",
-        "| model | scheme | weights, MiB | kernels | " + " | ".join(f"batch {b}" for b in BATCHES) + " | prompt |",
-        "|---|---|" + "---:|---|" + "---:|" * (len(BATCHES) + 1),
+        "| model | scheme | weights, MiB | kernels | "
+        + " | ".join(f"batch {batch} at {context}" for context, batch in cases)
+        + " | prompt |",
+        "|---|---|" + "---:|---|" + "---:|" * (len(cases) + 1),
     ]
     for row in measured:
         cells = [f"{item.tokens_per_s:,.0f} ({item.bandwidth_share:.1%})" for item in row.decode]
-        cells.append(f"{row.prefill.tokens_per_s:,.0f} ({row.prefill.tflops:,.1f} TFLOP/s)")
+        cells.append(f"{row.prefill.tokens_per_s:,.0f} ({row.prefill.tflops:,.1f} TFLOP/s, {row.prefill.ms:,.1f} ms)")
         kernels, mib = "; ".join(row.kernels), row.weights_bytes / 2**20
         lines.append(f"| {row.model} | {row.scheme} | {mib:,.1f} | {kernels} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -255,8 +295,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS, help="tokens before decoding is timed")
+    parser.add_argument("--prompt", type=int, default=PREFILL, help="tokens of the prompt that is timed")
     parser.add_argument("--steps", type=int, default=50, help="decode steps timed per batch")
     parser.add_argument("--runs", type=int, default=10, help="prompts timed")
+    parser.add_argument("--profile", action="store_true", help="tell the time of each kernel of a decoding step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
     parser.add_argument("--out", type=Path, help="folder for bench.json and bench.md, written after every row")

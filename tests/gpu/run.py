@@ -1,6 +1,6 @@
 """Install the bundle beside this Python, without a network, then test and measure on the device.
 
-    python3 tests/gpu/run.py [--device cuda] [-- BENCH OPTIONS]          (or: make gpu)
+    python3 tests/gpu/run.py [--device cuda] [--stages tests,kernels] [-- BENCH OPTIONS]          (or: make gpu)
 
 Results go to $OUT where that names a folder, as on a rented machine whose files come back from there, else to
 build/gpu-results. `--device cpu` does the same on the CPU, with fewer and smaller runs, to try the way without a GPU.
@@ -133,16 +133,25 @@ def stages(device: str, results: Path, bench: list[str]) -> dict[str, list[str]]
         "no:cacheprovider",
         "--continue-on-collection-errors",
     ]
+    scripts = {
+        name: [sys.executable, f"tests/bench/gpu_{name}.py", f"--out={results}"] for name in ("kernels", "peers")
+    }
     measure = [sys.executable, "tests/bench/gpu.py", f"--device={device}", f"--out={results}", "--model=examples/pylm"]
+    if device == "cpu":
+        return {"tests": [*pytest, "tests/gpu"], "bench": [*measure, *(bench or shlex.split(SMALL))]}
     return {
-        "tests": [*pytest, "-m", "gpu", "tests"] if device == "cuda" else [*pytest, "tests/gpu"],
-        "bench": [*measure, *(bench or shlex.split(BILLION if device == "cuda" else SMALL))],
+        "tests": [*pytest, "-m", "gpu", "tests"],
+        "triton": [*pytest, "-m", "", "tests/triton"],
+        "kernels": scripts["kernels"],
+        "bench": [*measure, *(bench or shlex.split(BILLION))],
+        "peers": scripts["peers"],
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--stages", help="of tests, triton, kernels, bench and peers, those to run, by commas")
     parser.add_argument("bench", nargs="*", metavar="BENCH OPTION", help="for tests/bench/gpu.py, after --")
     arguments = parser.parse_args()
     try:
@@ -161,6 +170,7 @@ def main() -> int:
     report["stages"] = {
         name: run(name, command, results)
         for name, command in stages(arguments.device, results, arguments.bench).items()
+        if not arguments.stages or name in arguments.stages.split(",")
     }
     (results / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     failed = [name for name, stage in report["stages"].items() if stage["exit_code"]]

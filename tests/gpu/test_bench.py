@@ -41,7 +41,7 @@ def test_bytes_and_shares_add_up(
     assert dense["parameters"] == linears + norms + 2 * VOCAB * HIDDEN
     assert dense["weights_bytes"] == 2 * dense["parameters"]
     read = 2 * (linears + norms + VOCAB * HIDDEN)
-    kv = 2 * 2 * 64 * LAYERS * (bench.PROMPT + bench.WARMUP_STEPS + 1)
+    kv = 2 * 2 * 64 * LAYERS * (bench.CONTEXTS[0] + bench.WARMUP_STEPS + 1)
     for item in dense["decode"]:
         assert item["bytes_per_step"] == read + item["batch"] * kv
         assert item["tokens_per_s"] == pytest.approx(item["batch"] / item["step_ms"] * 1e3)
