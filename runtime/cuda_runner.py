@@ -17,7 +17,7 @@ from pressd.runtime.kernels.step.buffers import Prepare, StepBuffers
 from pressd.runtime.kv_cache import KVGroup
 from pressd.runtime.models.decoder import Decoder
 from pressd.runtime.runner import Computed, Runner, finite_parts, reporting
-from pressd.runtime.sampling import upload
+from pressd.runtime.sampling import RaceKernel, upload
 from pressd.runtime.scheduler import Scheduled, StepPlan
 
 # Rows of what is uploaded for each place of a step.
@@ -45,10 +45,11 @@ class CudaRunner(Runner):
         max_batch: int,
         max_length: int,
         prepare: Prepare,
+        race: RaceKernel | None,
         capture: Capture | None,
     ) -> None:
         """`prepare` turns columns into the inputs of a step; without `capture`, steps are launched one by one."""
-        super().__init__(decoder, groups, block_size=block_size, max_batch=max_batch, max_length=max_length)
+        super().__init__(decoder, groups, block_size=block_size, max_batch=max_batch, max_length=max_length, race=race)
         self._graphs_bytes = 0
         self._prepare = prepare
         self._capture = capture

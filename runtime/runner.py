@@ -12,7 +12,7 @@ from pressd.runtime.layers.attention import LayerKV
 from pressd.runtime.models.decoder import Decoder
 from pressd.runtime.readback import Readback
 from pressd.runtime.request import TokenLogprobs
-from pressd.runtime.sampling import Drawn, LogprobColumns, Sampler, TokenMasks, log_probabilities, upload
+from pressd.runtime.sampling import Drawn, LogprobColumns, RaceKernel, Sampler, TokenMasks, log_probabilities, upload
 from pressd.runtime.scheduler import Scheduled, StepPlan
 from pressd.runtime.state import RequestTable, StepInput
 
@@ -85,8 +85,16 @@ class Runner:
     """Owns the memory of the KV groups and of the request table, and turns plans into tensors."""
 
     def __init__(
-        self, decoder: Decoder, groups: Many[KVGroup], *, block_size: int, max_batch: int, max_length: int
+        self,
+        decoder: Decoder,
+        groups: Many[KVGroup],
+        *,
+        block_size: int,
+        max_batch: int,
+        max_length: int,
+        race: RaceKernel | None = None,
     ) -> None:
+        """`race` is a kernel for draws without filters, where there is one."""
         self.decoder = decoder
         self.block_size = block_size
         self.num_gathers = 0
@@ -109,6 +117,7 @@ class Runner:
             eos_token_ids=decoder.config.eos_token_ids,
             device=decoder.device,
             token_table=self.table.token_ids,
+            race=race,
         )
 
     @property

@@ -13,7 +13,7 @@ from pressd.runtime.constraints import ConstraintCompiler
 from pressd.runtime.costs import CostTable, StepBudget, TimeBudget, TokenBudget
 from pressd.runtime.cuda_runner import CudaRunner
 from pressd.runtime.graphs import CudaCapture
-from pressd.runtime.kernels.catalogue import step_kernel
+from pressd.runtime.kernels.catalogue import race_kernel, step_kernel
 from pressd.runtime.kv_cache import KVCache, KVGroup
 from pressd.runtime.kv_plan import longest_sequence, plan_groups
 from pressd.runtime.models import Decoder, load_decoder
@@ -127,6 +127,7 @@ def make_runner(decoder: Decoder, groups: tuple[KVGroup, ...], config: EngineCon
         max_batch=config.max_batch,
         max_length=max_length,
         prepare=step_kernel().prepare,
+        race=race_kernel(),
         capture=CudaCapture(decoder.device) if config.cuda_graphs else None,
     )
     runner.warm_up()

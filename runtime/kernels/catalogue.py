@@ -1,7 +1,10 @@
 """Every implementation there is, fastest first and the reference last."""
 
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
+
+import torch
 
 from pressd.runtime.kernels.attention import cpu as attention_cpu
 from pressd.runtime.kernels.attention import reference as attention_reference
@@ -44,7 +47,7 @@ POINTWISE = PointwiseKernels(
 
 # Loaded only where there is a GPU to run them: importing Triton takes half a second.
 _TRITON_LINEAR = ("fp8", "int8", "packed_int")
-_TRITON = (*_TRITON_LINEAR, "attention", "gate", "norm", "rotary", "step", "gptq")
+_TRITON = (*_TRITON_LINEAR, "attention", "gate", "norm", "race", "rotary", "step", "gptq")
 
 
 def triton_modules() -> tuple[ModuleType, ...]:
@@ -77,6 +80,14 @@ def pointwise_kernels(device: Device) -> tuple[PointwiseKernels, ...]:
         selects_rotations=False,
     )
     return fused, POINTWISE
+
+
+def race_kernel() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Return what draws tokens where nothing filters them, on a GPU."""
+    found: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = _triton(
+        "race"
+    ).draw
+    return found
 
 
 def step_kernel() -> ModuleType:

@@ -24,6 +24,10 @@ class Filters:
     typical_p: bool
     min_p: bool
 
+    @property
+    def any(self) -> bool:
+        return self.top_k or self.top_p or self.typical_p or self.min_p
+
     @classmethod
     def of(cls, sampling: SamplingParams, vocab_size: int) -> "Filters":
         """Return those that may remove a token."""
@@ -83,6 +87,11 @@ class Plan:
     ) -> None:
         self.any_greedy = any(member.filters is None for member in members)
         self.groups = _groups(members, device)
+        # Of all rows, for a kernel that draws those that nothing filters; the others are greedy to it.
+        self.sequence_keys = upload([member.sequence_key for member in members], torch.int64, device)
+        unfiltered = [member.filters is not None and not member.filters.any for member in members]
+        temperatures = [m.sampling.temperature if free else 0.0 for m, free in zip(members, unfiltered, strict=True)]
+        self.temperatures = upload(temperatures, torch.float64, device)
         banned = [place for place, member in enumerate(members) if member.bans is not None]
         bans = [ban for member in members if (ban := member.bans) is not None]
         self.bans = BatchBans(banned, [rows[place] for place in banned], bans, device) if banned else None

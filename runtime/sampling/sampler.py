@@ -5,8 +5,9 @@ rows.
 On a GPU nothing waits for the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -21,6 +22,8 @@ from pressd.runtime.sampling.plan import Admitted, Filters, Group, Plan
 from pressd.runtime.sampling.race import Race
 from pressd.runtime.sampling.scratch import Scratch, upload
 
+# (logits [B, V], keys int32 [B, 2], temperatures float64 [B], 0 for greedy) to tokens int64 [B] and largest logits [B].
+RaceKernel: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 # Rows are drawn in chunks of about as many logits, which bounds the memory of a step: some six buffers of 4 bytes each.
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 25}
 
@@ -55,7 +58,10 @@ class Sampler:
         eos_token_ids: Sequence[int],
         device: torch.device,
         token_table: torch.Tensor,
+        race: RaceKernel | None = None,
     ) -> None:
+        """`race` draws whole batches on a device, but for rows with filters."""
+        self._race = race
         self._vocab_size, self._eos_token_ids, self._device = vocab_size, tuple(eos_token_ids), device
         self._token_table = token_table
         self._admitted: list[Admitted | None] = [None] * num_rows
@@ -106,21 +112,27 @@ class Sampler:
         may come twice, at two positions, unless it has some.
         """
         plan = self._plan_for(rows)
-        raw, maxima = logits, block_maxima(logits)
-        peak = maxima.amax(dim=-1)
-        finite = peak.isfinite()
+        raw = logits
         if plan.changes_logits or (allowed is not None and allowed.places):
             logits = self._changed(logits, plan, positions, allowed)
-            maxima = block_maxima(logits)
-            peak = maxima.amax(dim=-1)
+        token_ids, peak = self._begin(logits, plan, positions)
+        finite = (peak if logits is raw else block_maxima(raw).amax(dim=-1)).isfinite()
         possible = (peak != float("-inf")) | ~finite
-        token_ids = first_maximum(logits, maxima) if plan.any_greedy else torch.zeros_like(positions)
         for group in plan.groups:
-            self._draw_group(logits, peak, positions, group, token_ids)
+            if self._race is None or group.filters.any:
+                self._draw_group(logits, peak, positions, group, token_ids)
         if plan.penalised is not None and plan.slots is not None:
             self._penalties.count(plan.slots, token_ids.index_select(0, plan.penalised))
         logprobs = self._logprobs(raw, token_ids, plan)
         return Drawn(token_ids=token_ids, finite=finite, possible=possible, logprobs=logprobs)
+
+    def _begin(self, logits: torch.Tensor, plan: Plan, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens int64 [B], so far of greedy rows (by a kernel, of all without filters), and peaks [B]."""
+        if self._race is not None:
+            return self._race(logits, position_keys(plan.sequence_keys, positions), plan.temperatures)
+        maxima = block_maxima(logits)
+        token_ids = first_maximum(logits, maxima) if plan.any_greedy else torch.zeros_like(positions)
+        return token_ids, maxima.amax(dim=-1)
 
     def _plan_for(self, rows: Sequence[int]) -> Plan:
         wanted = tuple(rows)

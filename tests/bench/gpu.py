@@ -45,7 +45,7 @@ COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decode:
-    """Decoding of `batch` requests together: medians over steps."""
+    """Decoding of `batch` requests together: medians over steps, and energy of the whole card over all of them."""
 
     batch: int
     context: int
@@ -54,6 +54,7 @@ class Decode:
     tokens_per_s: float
     bytes_per_step: int
     bandwidth_share: float
+    joules_per_token: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +101,20 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def joules() -> float | None:
+    """Return what the first GPU has used since its driver was loaded, None where nobody says."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0))) / 1e3
+    except Exception as error:  # no such package, or a card that does not count
+        print(f"no energy: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+
 def profile(engine: Engine, steps: int = 8) -> str:
     """Return what a GPU is busy with while one request decodes: time of each kernel in a step, the longest first."""
     engine.add(_request("profile", CONTEXTS[0], steps + 2 * WARMUP_STEPS, salt="profile"))
@@ -123,15 +138,19 @@ def decode(engine: Engine, batch: int, context: int, steps: int, bandwidth: floa
             _request(f"decode-{index}", context, length + batch * context // PREFILL + batch + 8, salt=str(index))
         )
     seconds: list[float] = []
+    spent: list[float | None] = []
     while len(seconds) < length:
+        spent = spent[:1] if len(seconds) > WARMUP_STEPS else [joules()]
         began = time.perf_counter()
         stats = engine.step().stats
         assert engine.has_work, "a request ended before all its steps were timed"
         # The step's tokens are on the host when it returns, so the device has finished it.
         if stats.num_decode_tokens == batch and stats.num_prefill_tokens == 0:
             seconds.append(time.perf_counter() - began)
+    spent.append(joules())
     for index in range(batch):
         engine.abort(f"decode-{index}")
+    used = None if None in spent else (spent[1] - spent[0]) / (steps * batch)  # type: ignore[operator]
     median = statistics.median(seconds[WARMUP_STEPS:])
     read = step_bytes(engine, batch, context + WARMUP_STEPS + steps // 2)
     return Decode(
@@ -142,6 +161,7 @@ def decode(engine: Engine, batch: int, context: int, steps: int, bandwidth: floa
         tokens_per_s=batch / median,
         bytes_per_step=read,
         bandwidth_share=read / bandwidth / median,
+        joules_per_token=used,
     )
 
 
@@ -271,7 +291,8 @@ def markdown(found: dict[str, Any], measured: list[Row]) -> str:
     cases = [(item.context, item.batch) for item in measured[0].decode]
     lines = [
         f"{found['device']}, {version}; a copy moves {found['copy_bytes_per_s'] / 1e9:,.0f} GB/s. Tokens per second "
-        f"when decoding (share of the time that reading weights, keys and values at that rate would take), and of a "
+        f"when decoding (share of the time that reading weights, keys and values at that rate would take; joules of "
+        f"the card for a token, where it tells), and of a "
         f"prompt of {measured[0].prefill.tokens}; bfloat16, medians.",
         "",
         "| model | scheme | weights, MiB | kernels | "
@@ -280,7 +301,11 @@ def markdown(found: dict[str, Any], measured: list[Row]) -> str:
         "|---|---|" + "---:|---|" + "---:|" * (len(cases) + 1),
     ]
     for row in measured:
-        cells = [f"{item.tokens_per_s:,.0f} ({item.bandwidth_share:.1%})" for item in row.decode]
+        cells = [
+            f"{item.tokens_per_s:,.0f} ({item.bandwidth_share:.1%}"
+            + (")" if item.joules_per_token is None else f", {item.joules_per_token:.3g} J)")
+            for item in row.decode
+        ]
         cells.append(f"{row.prefill.tokens_per_s:,.0f} ({row.prefill.tflops:,.1f} TFLOP/s, {row.prefill.ms:,.1f} ms)")
         kernels, mib = "; ".join(row.kernels), row.weights_bytes / 2**20
         lines.append(f"| {row.model} | {row.scheme} | {mib:,.1f} | {kernels} | {' | '.join(cells)} |")

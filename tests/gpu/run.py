@@ -25,8 +25,11 @@ BUNDLE = ROOT / "build" / "gpu-bundle"
 SITE = ROOT / "build" / "gpu-site"
 STAMP = SITE / "wheels.sha256"
 ROOMS = {"runtime": "runtime", "compress": "compress", "server": "server", "client": "server/client"}
-# A model of a billion parameters, in the shape of Llama 3.2: large enough that weights do not stay in a cache.
-BILLION = "--hidden 2048 --layers 16 --heads 32 --kv-heads 8 --ffn 8192 --vocab 128256"
+# The shape of Llama 3.1 with 8 billion parameters.
+EIGHT = (
+    "--hidden 4096 --layers 32 --heads 32 --kv-heads 8 --ffn 14336 --vocab 128256 --schemes bf16 fp8 w8a8 w4a16g128 "
+    "--batches 1 8 32 128 --contexts 1024 --prompt 2048 --steps 16 --runs 3"
+)
 SMALL = "--hidden 256 --layers 2 --heads 4 --kv-heads 2 --ffn 512 --vocab 97 --steps 3 --runs 2"
 
 
@@ -134,16 +137,21 @@ def stages(device: str, results: Path, bench: list[str]) -> dict[str, list[str]]
         "--continue-on-collection-errors",
     ]
     scripts = {
-        name: [sys.executable, f"tests/bench/gpu_{name}.py", f"--out={results}"] for name in ("kernels", "peers")
+        name: [sys.executable, f"tests/bench/gpu_{name}.py", f"--out={results}"]
+        for name in ("kernels", "gptq", "peers")
     }
-    measure = [sys.executable, "tests/bench/gpu.py", f"--device={device}", f"--out={results}", "--model=examples/pylm"]
+    measure = [sys.executable, "tests/bench/gpu.py", f"--device={device}", f"--out={results}"]
     if device == "cpu":
-        return {"tests": [*pytest, "tests/gpu"], "bench": [*measure, *(bench or shlex.split(SMALL))]}
+        return {
+            "tests": [*pytest, "tests/gpu"],
+            "bench": [*measure, "--model=examples/pylm", *(bench or shlex.split(SMALL))],
+        }
     return {
         "tests": [*pytest, "-m", "gpu", "tests"],
         "triton": [*pytest, "-m", "", "tests/triton"],
         "kernels": scripts["kernels"],
-        "bench": [*measure, *(bench or shlex.split(BILLION))],
+        "bench": [*measure, *(bench or shlex.split(EIGHT))],
+        "gptq": scripts["gptq"],
         "peers": scripts["peers"],
     }
 
@@ -151,7 +159,7 @@ def stages(device: str, results: Path, bench: list[str]) -> dict[str, list[str]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--stages", help="of tests, triton, kernels, bench and peers, those to run, by commas")
+    parser.add_argument("--stages", help="of tests, triton, kernels, bench, gptq and peers, those to run, by commas")
     parser.add_argument("bench", nargs="*", metavar="BENCH OPTION", help="for tests/bench/gpu.py, after --")
     arguments = parser.parse_args()
     try:

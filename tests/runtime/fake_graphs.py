@@ -53,5 +53,6 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         loading, "pointwise_kernels", lambda device: (dataclasses.replace(POINTWISE, selects_rotations=False),)
     )
     monkeypatch.setattr(startup, "step_kernel", lambda: SimpleNamespace(prepare=step.prepare))
+    monkeypatch.setattr(startup, "race_kernel", lambda: None)
     monkeypatch.setattr(startup, "CudaCapture", FakeCapture)
     monkeypatch.setattr(runner, "Readback", FakeReadback)

@@ -19,6 +19,7 @@ from pressd.runtime.kernels.attention import triton as attention
 from pressd.runtime.kernels.gate import triton as gate
 from pressd.runtime.kernels.norm import triton as norm
 from pressd.runtime.kernels.packed_int import triton as packed_int
+from pressd.runtime.kernels.race import triton as race
 from pressd.runtime.kernels.registry import PointwiseKernels
 from pressd.runtime.kernels.rotary import triton as rotary
 from pressd.runtime.kernels.step import triton as step
@@ -45,6 +46,7 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "pointwise_kernels", lambda device: (POINTWISE,))
     monkeypatch.setattr(linear_loader, "linear_kernels", lambda device: (words, *catalogue.LINEAR))
     monkeypatch.setattr(startup, "step_kernel", lambda: step)
+    monkeypatch.setattr(startup, "race_kernel", lambda: race.draw)
     monkeypatch.setattr(startup, "CudaCapture", FakeCapture)
     monkeypatch.setattr(runner, "Readback", FakeReadback)
 
