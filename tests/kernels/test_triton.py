@@ -29,6 +29,13 @@ def test_they_compute_what_references_do_when_interpreted() -> None:
     assert int(passed[1]) > 150, "the folder was not collected"
 
 
+def test_every_module_of_kernels_is_among_them() -> None:
+    tests = "".join(path.read_text() for path in (ROOT / "tests/triton").glob("test_*.py"))
+    for module in triton_modules():
+        package = module.__name__.rpartition(".")[0]
+        assert f"from {package} import triton" in tests, package
+
+
 def variants(oldest: int) -> list[Variant]:
     found = {variant.name: variant for module in triton_modules() for variant in module.variants()}
     return [variant for variant in found.values() if variant.oldest <= oldest]
