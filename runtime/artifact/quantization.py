@@ -13,6 +13,8 @@ from pressd.runtime.artifact.own_config import MODEL_TYPE
 from pressd.runtime.artifact.schemes import FLOATS, GROUP_SIZES, Scheme, parse_scheme
 
 FORMATS = {"packed_int": "pack-quantized", "int8": "int-quantized", "fp8": "float-quantized"}
+# What compressed-tensors calls 8-bit floats that meet activations in 16 bits; they are stored in the same way.
+NAIVE = ("naive-quantized", "fp8")
 MIXED = "mixed-precision"
 _MAX_PATTERN = 4096
 _NAME_CHARACTERS = 64
@@ -140,7 +142,7 @@ def _scheme(group: dict[str, object], outer_format: object, at: str) -> Scheme:
     except ValueError as error:
         raise ArtifactError(f"{at}: {error}") from None
     stored = group.get("format") or outer_format
-    if stored != FORMATS[scheme.storage]:
+    if stored != FORMATS[scheme.storage] and (stored, scheme.storage) != NAIVE:
         raise ArtifactError(f"{at}: format {stored!r} is not {FORMATS[scheme.storage]!r}, how {scheme.name} is stored")
     return scheme
 
