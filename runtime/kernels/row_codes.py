@@ -20,6 +20,9 @@ MAX_WIDTH = 32768
 def codes_of(row, largest, HALF_RANGE: tl.constexpr, IS_INT8: tl.constexpr):
     """Return (codes as float32, scale) of a row float32 whose largest absolute value is known."""
     scale = tl.maximum(tl.div_rn(largest, HALF_RANGE), 1.1754943508222875e-38)
+    # Maxima pass over NaN, and codes of int8 have none: a row keeps it in its scale, as in the reference.
+    is_spoilt = tl.max((row != row).to(tl.int32), 0) > 0
+    scale = tl.where(is_spoilt, float("nan"), scale)
     scaled = tl.div_rn(row, scale)
     if IS_INT8:
         # Between 2^23 and 2^24 there are whole numbers alone: the sum rounds half to even, the difference is exact.

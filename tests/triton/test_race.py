@@ -85,6 +85,38 @@ def test_times_are_those_of_the_noise(device: torch.device) -> None:
     assert bool((peaks == 3.5).all())
 
 
+def test_greedy_takes_the_first_of_equal_maxima(device: torch.device) -> None:
+    """Within a chunk, across two, and where the first is the last of its chunk."""
+    logits = torch.randn(4, 9001, generator=torch.Generator().manual_seed(3)).clamp(max=3.0)
+    for row, places in enumerate(([17, 18], [4095, 4096], [5, 9000], [8200, 8201])):
+        logits[row, places] = 7.0
+    keys, temperatures = torch.zeros(4, 2, dtype=torch.int32), torch.zeros(4, dtype=torch.float64)
+    tokens, _ = kernels.draw(logits.to(device), keys.to(device), temperatures.to(device))
+    assert tokens.tolist() == [17, 4095, 5, 8200]
+
+
+def test_the_last_bits_of_the_noise_decide(device: torch.device) -> None:
+    """Of 2^18 tokens some share their 31 leading bits: between two such, the 20 that follow tell who is first."""
+    vocab, found = 1 << 18, 0
+    token = torch.arange(vocab)
+    for position in range(60):
+        keys = position_keys(torch.tensor([sequence_key(3, 0)]), torch.tensor([position]))
+        times = exact_times(keys, token.view(1, -1))[0]
+        leading = (-torch.expm1(-times) * 2.0**31).floor()
+        order = leading.argsort()
+        for at in (leading[order][1:] == leading[order][:-1]).nonzero().flatten().tolist():
+            pair = order[at : at + 2].sort().values
+            if times[pair[1]] < times[pair[0]]:
+                logits = torch.full((1, vocab), float("-inf"))
+                logits[0, pair] = 0.0
+                temperatures = torch.ones(1, dtype=torch.float64, device=device)
+                assert kernels.draw(logits.to(device), keys.to(device), temperatures)[0].item() == pair[1]
+                found += 1
+        if found >= 3:
+            return
+    raise AssertionError("no two tokens share their leading bits")
+
+
 def test_no_rows(device: torch.device) -> None:
     tokens, peaks = kernels.draw(
         torch.empty(0, 100, device=device),

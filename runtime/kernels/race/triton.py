@@ -125,6 +125,7 @@ def draw(logits: torch.Tensor, keys: torch.Tensor, temperatures: torch.Tensor) -
 
     `keys` int32 [B, 2] are a draw's (`position_keys`); rows of `temperatures` float64 [B] that are 0 are greedy.
     """
+    assert logits.dtype != torch.float64, "logits are compared in float32"
     num_rows, vocab = logits.shape
     num_chunks = triton.cdiv(vocab, CHUNK)
     chunks = max(2, triton.next_power_of_2(num_chunks))

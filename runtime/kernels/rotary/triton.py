@@ -14,7 +14,7 @@ from pressd.runtime.kernels.variants import Variant
 HEADS_AT_ONCE = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
 def rotate_heads(
     qkv,
     positions,
@@ -95,11 +95,15 @@ def store_rows(
     low, high = first.to(tl.float32), second.to(tl.float32)
     if SCALES == 1:
         scale = tl.load(scales)
-        low = tl.minimum(tl.maximum(tl.div_rn(low, scale), -448.0), 448.0)
-        high = tl.minimum(tl.maximum(tl.div_rn(high, scale), -448.0), 448.0)
+        low, high = tl.div_rn(low, scale), tl.div_rn(high, scale)
+        # Comparing keeps NaN; the least and the largest of two numbers would not.
+        low = tl.where(low > 448.0, 448.0, tl.where(low < -448.0, -448.0, low))
+        high = tl.where(high > 448.0, 448.0, tl.where(high < -448.0, -448.0, high))
     if SCALES == 2:
         largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
         scale = tl.maximum(tl.div_rn(largest, 127.0), 1.1754943508222875e-38)
+        is_spoilt = tl.max(((low != low) | (high != high)).to(tl.int32), 1) > 0
+        scale = tl.where(is_spoilt, float("nan"), scale)
         tl.store(scales + where_to, scale, mask=is_row)
         # As in row_codes: the sum rounds half to even.
         low = (tl.div_rn(low, tl.zeros_like(low) + scale[:, None]) + 12582912.0) - 12582912.0
