@@ -52,6 +52,7 @@ class CudaRunner(Runner):
         super().__init__(decoder, groups, block_size=block_size, max_batch=max_batch, max_length=max_length, race=race)
         self._graphs_bytes = 0
         self._prepare = prepare
+        self._race = race
         self._capture = capture
         self._buckets = batch_buckets(max_batch)
         self._bounds = kv_bounds(max_length)
@@ -66,14 +67,19 @@ class CudaRunner(Runner):
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture every graph, the largest first, so that the others find its memory."""
+        """Compile what draws; capture every graph, the largest first, so that the others find its memory."""
+        device = self.decoder.device
+        if self._race is not None:
+            logits = torch.zeros(1, self.decoder.config.vocab_size, device=device)
+            keys = torch.zeros(1, 2, dtype=torch.int32, device=device)
+            self._race(logits, keys, torch.ones(1, dtype=torch.float64, device=device))
         if self._capture is None:
             return
-        before = _allocated(self.decoder.device)
+        before = _allocated(device)
         for bound in reversed(self._bounds):
             for places in reversed(self._buckets):
                 self._graphs[places, bound] = self._capture(functools.partial(self._decode, places, bound))
-        self._graphs_bytes = _allocated(self.decoder.device) - before
+        self._graphs_bytes = _allocated(device) - before
 
     def _compute(self, plan: StepPlan) -> Computed:
         if self._graphs and not reporting(plan) and all(item.stop - item.start == 1 for item in plan.rows):

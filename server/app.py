@@ -210,9 +210,12 @@ def start_line(info: EngineInfo) -> str:
     kernels = ", ".join(
         f"{choice.op} {choice.storage}: {choice.implementation} x{choice.layers}" for choice in info.kernels
     )
+    steps = ""
+    if info.activations_bytes:
+        steps = f"steps {info.activations_bytes / mib:.1f} MiB, graphs {info.graphs_bytes / mib:.1f} MiB, "
     return (
         f"weights {info.weights_bytes / mib:.1f} MiB (dense {info.dense_bytes / mib:.1f}), "
-        f"KV {info.kv_bytes / mib:.1f} MiB = {info.kv_blocks * info.block_size} tokens, {info.device}, {kernels}"
+        f"KV {info.kv_bytes / mib:.1f} MiB = {info.kv_blocks * info.block_size} tokens, {steps}{info.device}, {kernels}"
     )
 
 

@@ -10,6 +10,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from pressd.client import CallError, Client
 from pressd.runtime.artifact.schemes import parse_scheme
+from pressd.runtime.report import EngineInfo
+from pressd.server.app import start_line
 from pressd.server.control import compression_methods
 from pressd.server.energy import EnergyMeter
 from pressd.server.fields import HONOURED
@@ -145,6 +147,32 @@ def test_metrics_are_the_agreed_ones(
 
 def test_start_line_says_what_is_served(parrot: Any) -> None:
     assert parrot.stdout() == ("weights 3.0 MiB (dense 8.0), KV 4.0 MiB = 65536 tokens, cpu, linear dense: echo x2\n")
+
+
+def test_start_line_says_what_steps_need_where_they_have_memory_of_their_own() -> None:
+    info = EngineInfo(
+        architecture="LlamaForCausalLM",
+        artifact_id="sha256:0",
+        device="cuda:0",
+        dtype="bfloat16",
+        kv_dtype="bfloat16",
+        vocab_size=256,
+        max_context=128,
+        max_batch=4,
+        eos_token_ids=(),
+        weights_bytes=3 << 20,
+        dense_bytes=8 << 20,
+        kv_bytes=4 << 20,
+        kv_blocks=16,
+        kv_tokens=256,
+        block_size=16,
+        kernels=(),
+        unfused_groups=0,
+        load_seconds={},
+        activations_bytes=5 << 20,
+        graphs_bytes=1 << 19,
+    )
+    assert "KV 4.0 MiB = 256 tokens, steps 5.0 MiB, graphs 0.5 MiB, cuda:0" in start_line(info)
 
 
 @pytest.mark.parametrize(

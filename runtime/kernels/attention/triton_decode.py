@@ -17,7 +17,11 @@ from pressd.runtime.kernels.attention.triton_tiles import pool_rows, softmax_ste
 ROWS = 16
 
 
-@triton.jit(do_not_specialize=["max_splits"])
+# Rows of what one upload brought lie wherever its width puts them: no variant for each way of lying.
+@triton.jit(
+    do_not_specialize=["max_splits"],
+    do_not_specialize_on_alignment=["starts", "lengths", "kv_lengths", "table_rows"],
+)
 def attend(
     query,
     keys,

@@ -8,7 +8,7 @@ import triton.language as tl
 from pressd.runtime.kernels.attention.triton_tiles import pool_rows, softmax_step
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["starts", "lengths", "kv_lengths", "table_rows"])
 def attend_many(
     query,
     keys,

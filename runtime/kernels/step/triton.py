@@ -14,7 +14,10 @@ from pressd.runtime.kernels.variants import Variant
 TOKENS = 64
 
 
-@triton.jit(do_not_specialize=["num_places", "num_tokens"])
+@triton.jit(
+    do_not_specialize=["num_places", "num_tokens"],
+    do_not_specialize_on_alignment=["columns", "token_ids", "positions", "slots", "stops", "kv_lengths"],
+)
 def prepare_step(
     columns,
     token_table,
