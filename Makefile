@@ -22,8 +22,9 @@ help:
 demo: dev
 	@$(BIN)/python examples/demo.py
 
+# Two processes of a file of tests each: most of the time goes to servers that start, and to one thread of a compiler.
 test: dev
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: dev
 	@$(BIN)/ruff check

@@ -6,11 +6,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 # Read by huggingface_hub and transformers when they are imported, and inherited by the processes that tests start.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+# Read by OpenMP when torch is imported: threads that spin while they wait take processors from all other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 THREADS = 2
 LEFT_OUT = {"slow": "pytest -m slow", "gpu": "pytest -m gpu, on a machine with an NVIDIA GPU"}
@@ -34,6 +37,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     _deselected.update(marker for item in items for marker in LEFT_OUT if item.get_closest_marker(marker))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    told = getattr(session.config, "workeroutput", None)  # of one of several processes; each collects all tests
+    if told is not None:
+        told["deselected"] = dict(_deselected)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    _deselected.update(Counter(getattr(node, "workeroutput", {}).get("deselected", {})) - _deselected)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
