@@ -73,7 +73,7 @@ class KVCache:
             need <= pool.num_blocks for need, pool in zip(self.demand(num_tokens, chunk), self.pools, strict=True)
         )
 
-    def admit(self, sequence: Sequence, *, chunk: int, spare: int, step: int) -> bool:
+    def admit(self, sequence: Sequence, *, chunk: int, spare: int) -> bool:
         """Give a sequence blocks for what it has (behind a window: for its first `chunk`), and what is cached of it.
 
         False, and nothing taken, if fewer than `spare` blocks would be left in a group.
@@ -93,7 +93,7 @@ class KVCache:
             table.num_dropped = len(table.blocks)
             table.append(shared[group])
             sequence.tables.append(table)
-            self._lengthen(sequence, group, need, spare, step)
+            self._lengthen(sequence, group, need, spare)
         sequence.num_computed_tokens = sequence.num_settled_tokens = hit
         sequence.num_published_blocks = hit // self.block_size
         if not sequence.was_scheduled:
@@ -108,11 +108,12 @@ class KVCache:
         cached = (len(sequence.token_ids) - 1) // self.block_size
         for group, (pool, need) in enumerate(zip(self.pools, needs, strict=True)):
             freed = sum(len(other.tables[group].kept) for other in without)
+            freed += sum(len(copy.sources) for owner, copy in self._copies if owner in without and copy.group == group)
             if need - cached + spare > pool.num_available + pool.num_fenced + freed:
                 return False
         return True
 
-    def grow(self, sequence: Sequence, until: int, step: int) -> bool:
+    def grow(self, sequence: Sequence, until: int) -> bool:
         """Give a sequence blocks for its first `until` tokens; False, and nothing taken, if they are not there."""
         needs = [self.blocks_for(until) - len(table.blocks) for table in sequence.tables]
         if max(needs) <= 0:
@@ -121,7 +122,7 @@ class KVCache:
             return False
         for group, need in enumerate(needs):
             if need > 0:
-                self._lengthen(sequence, group, need, 0, step)
+                self._lengthen(sequence, group, need, 0)
         return True
 
     def will_fit(self, sequence: Sequence, until: int) -> bool:
@@ -155,6 +156,9 @@ class KVCache:
 
     def release(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Take all blocks back; with `forget`, none of them is found again."""
+        for owner, copy in self._copies:
+            if owner is sequence:  # moved while the step was planned, and now it is not part of it
+                self.pools[copy.group].release(reversed(copy.sources), sequence.last_step)
         self._copies = [(owner, copy) for owner, copy in self._copies if owner is not sequence]
         for table, pool in zip(sequence.tables, self.pools, strict=True):
             if forget:
@@ -165,9 +169,11 @@ class KVCache:
         sequence.tables = []
         sequence.num_computed_tokens = sequence.num_settled_tokens = 0
 
-    def take_copies(self) -> tuple[BlockCopy, ...]:
-        """Return the copies that the step being planned must make first."""
+    def take_copies(self, step: int) -> tuple[BlockCopy, ...]:
+        """Return the copies that `step`, which has been planned, must make first; no later one touches the sources."""
         copies = tuple(copy for _, copy in self._copies)
+        for copy in copies:
+            self.pools[copy.group].release(reversed(copy.sources), step)
         self._copies = []
         self.num_copied_blocks += sum(len(copy.targets) for copy in copies)
         return copies
@@ -251,7 +257,7 @@ class KVCache:
             reaches.append(run >= count - first)
         return reaches
 
-    def _lengthen(self, sequence: Sequence, group: int, need: int, spare: int, step: int) -> None:
+    def _lengthen(self, sequence: Sequence, group: int, need: int, spare: int) -> None:
         """Append `need` blocks, which are available: behind the last, else with all in a new place, else anywhere."""
         table, pool, owner = sequence.tables[group], self.pools[group], sequence.owner
         kept = table.kept
@@ -270,19 +276,21 @@ class KVCache:
                 if len(kept) + need + spare <= pool.num_available:
                     blocks = pool.allocate(owner, len(kept) + need, wish=wish, whole=True)
                     if blocks is not None:
-                        self._move(sequence, group, blocks, step)
+                        self._move(sequence, group, blocks)
                         return
         pieces = pool.allocate(owner, need, wish=wish - len(kept))
         assert pieces is not None, "the caller counted available blocks"
         table.append(pieces)
 
-    def _move(self, sequence: Sequence, group: int, blocks: list[int], step: int) -> None:
-        """Copy what a sequence keeps to the first of `blocks`, and go on in the others."""
+    def _move(self, sequence: Sequence, group: int, blocks: list[int]) -> None:
+        """Copy what a sequence keeps to the first of `blocks`, and go on in the others.
+
+        The sources are held until the step is planned: if the sequence is put back by then, they come free at once.
+        """
         table = sequence.tables[group]
         count = len(table.kept)
         sources = table.move(blocks[:count])
         self._copies.append((sequence, BlockCopy(group, tuple(sources), tuple(blocks[:count]))))
-        self.pools[group].release(reversed(sources), step)
         table.append(blocks[count:])
 
 

@@ -149,7 +149,7 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, until: int) -> bool:
         """Get blocks for the first `until` tokens, at the cost of those behind in order. False: not in this step."""
-        while not self._kv.grow(sequence, until, self._step):
+        while not self._kv.grow(sequence, until):
             if self._kv.will_fit(sequence, until):
                 return False  # a step in flight holds what is needed; it comes free without harm to anybody
             last = max(self._running, key=lambda s: s.order)
@@ -201,7 +201,7 @@ class Scheduler:
         while True:
             spare = len(self._running)  # a block each to go on with, lest the newcomer is put back at once
             if self._left > 0 and self._free_rows:
-                if self._kv.admit(sequence, chunk=self._left, spare=spare, step=self._step):
+                if self._kv.admit(sequence, chunk=self._left, spare=spare):
                     return True
                 if self.num_preemptions > before and self._kv.num_fenced:
                     return False  # what was taken from the first comes free when the step in flight is over
@@ -259,7 +259,7 @@ class Scheduler:
             rows=rows,
             released=tuple(self._released) if rows else (),
             admitted=tuple(self._admitted),
-            copies=self._kv.take_copies(),
+            copies=self._kv.take_copies(self._step),
         )
         self._admitted = []
         if rows:

@@ -154,6 +154,19 @@ def test_when_blocks_run_out_the_last_is_put_back_and_starts_from_the_cache() ->
     assert engine.outputs["2"] == paper.expected(late)
 
 
+def test_a_move_of_one_that_is_displaced_holds_up_nobody() -> None:
+    """The blocks it moved from in the step being planned are free again with those it moved to."""
+    groups = [
+        KVGroup(layers=(0,), window=w, num_blocks=most_blocks(w, LONGEST - 1, 9, 1) + 3) for w in WINDOWS["mixed"]
+    ]
+    engine = paper.PaperEngine(groups, 1, max_batch=2, chunk=9, depth=0, contiguous=True)
+    run(engine, ((2, 0, 0, 0), 6, 0), *[(STEMS[0], 1, 0)] * 5, ((*STEMS[0], 0), 4, 1))
+    for _ in range(6):
+        engine.step()
+    (urgent,) = run(engine, (STEMS[0], 1, 1))
+    assert urgent in {item.sequence for item in engine.step().rows}
+
+
 @pytest.mark.parametrize("contiguous", [False, True])
 def test_a_cached_prefix_is_found_shared_and_goes_on_in_place(contiguous: bool) -> None:
     """The next turn of a conversation begins with all of the last: on a CPU it goes on in the same run of blocks."""
