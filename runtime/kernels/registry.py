@@ -12,6 +12,8 @@ from pressd.runtime.kernels.attention.batch import AttentionBatch, AttentionProb
 Tensors = dict[str, torch.Tensor]
 Preference = Literal["fast", "reference"]
 REFERENCE = "reference"
+# What a 4-bit code's offset of 8 adds to a sum of products, taken off.
+SUM_FACTOR = -8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +34,28 @@ class LinearProblem:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CodeType:
+    """What rows of activations are quantised to: int8 or float8_e4m3fn, by the maximum of each `group_size` columns.
+
+    None is one maximum for a row. `has_sums`: the sums of the codes are wanted beside them.
+    """
+
+    dtype: torch.dtype
+    group_size: int | None = None
+    has_sums: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedRows:
-    """Activations that are quantised already: codes [T, in], int8 or float8_e4m3fn, and scale float32 [T, 1]."""
+    """Activations that are quantised already: codes [T, in] and scale float32 [T, groups].
+
+    `sums` is None, or int32 [T, groups]: the sums of each group's codes, times `SUM_FACTOR`. Between rows of codes
+    there may be room, as there is between those of a slice.
+    """
 
     codes: torch.Tensor
     scale: torch.Tensor
+    sums: torch.Tensor | None = None
 
 
 Rows: TypeAlias = torch.Tensor | QuantizedRows
@@ -70,7 +89,7 @@ class LinearKernel:
     contiguous, to [T, out] in the problem's dtype, for any T including zero. `rows(ids, packed, problem)` decodes the
     rows of W at ids int64 [T] to [T, in] in the problem's dtype, for embeddings; None where the packed layout has no
     way to its rows. `run_codes(x, packed, problem)` is `run` for rows that whoever made them has quantised already, to
-    `codes` and by their own maximum, as activation_bits 8 without groups asks for; None where nothing is saved by it.
+    what `codes(problem)` says (None: x comes as it is); None where nothing is ever saved by it.
     """
 
     name: str
@@ -79,7 +98,7 @@ class LinearKernel:
     pack: Callable[[Tensors, LinearProblem, Device], Tensors]
     run: Callable[[torch.Tensor, Tensors, LinearProblem], torch.Tensor]
     rows: Callable[[torch.Tensor, Tensors, LinearProblem], torch.Tensor] | None = None
-    codes: torch.dtype | None = None
+    codes: Callable[[LinearProblem], CodeType | None] | None = None
     run_codes: Callable[[QuantizedRows, Tensors, LinearProblem], torch.Tensor] | None = None
 
 
@@ -89,13 +108,15 @@ class AttentionKernel:
 
     `run(query, key_blocks, value_blocks, batch, problem)`: query [T, heads, head_dim], blocks
     [blocks, block_size, kv_heads, head_dim] that already hold the new tokens; returns [T, heads, head_dim]. One that
-    `reads_tables` looks at `batch.decoding` and `batch.prompts` alone, and never at what is on the host.
+    `reads_tables` looks at `batch.decoding` and `batch.prompts` alone, and never at what is on the host. One that
+    `is_generated` runs nothing but kernels that codegen.recording notes, where sequences decode.
     """
 
     name: str
     why_not: Callable[[AttentionProblem, Device], str | None]
     run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionBatch, AttentionProblem], torch.Tensor]
     reads_tables: bool = False
+    is_generated: bool = False
 
 
 class RotateAndWrite(Protocol):
@@ -128,19 +149,20 @@ class PointwiseKernels:
     """What lies between the linears, for one compute type.
 
     `add_norm(x, delta, gain, epsilon, quantize)` returns x + delta (x where delta is None) and its RMS norm, both
-    [T, H]; `silu_mul(gate_up, quantize)` maps [T, 2 F] to silu(first half) * second half, [T, F]. With `quantize`, a
-    type of codes, the norm and the product come as QuantizedRows. `selects_rotations` tells whether `rotate_and_write`
+    [T, H]; `silu_mul(gate_up, quantize)` maps [T, 2 F] to silu(first half) * second half, [T, F]. With `quantize`
+    the norm and the product come as QuantizedRows. `selects_rotations` tells whether `rotate_and_write`
     wants the cosines and sines of the rows or the whole tables.
     """
 
     name: str
     why_not: Callable[[torch.dtype, Device], str | None]
     add_norm: Callable[
-        [torch.Tensor, torch.Tensor | None, torch.Tensor, float, torch.dtype | None], tuple[torch.Tensor, Rows]
+        [torch.Tensor, torch.Tensor | None, torch.Tensor, float, CodeType | None], tuple[torch.Tensor, Rows]
     ]
-    silu_mul: Callable[[torch.Tensor, torch.dtype | None], Rows]
+    silu_mul: Callable[[torch.Tensor, CodeType | None], Rows]
     rotate_and_write: RotateAndWrite
     selects_rotations: bool
+    is_generated: bool = False
 
 
 K = TypeVar("K", bound=Candidate)

@@ -28,7 +28,7 @@ from pressd.runtime.kernels.activation_codes import FP8, quantize_rows_reference
 from pressd.runtime.kernels.code_products import product_of_few
 from pressd.runtime.kernels.integer_codes import dequantize
 from pressd.runtime.kernels.packed_int import triton as packed_int
-from pressd.runtime.kernels.registry import LinearProblem
+from pressd.runtime.kernels.registry import CodeType, LinearProblem
 from pressd.runtime.kernels.tiles import Tiles
 
 # Of a Llama of 8 billion parameters.
@@ -92,7 +92,7 @@ def products(case: Case, copies: int) -> tuple[list[Callable[[], torch.Tensor]],
         else:
             kind = torch.int8 if case.kernel == "w8a8" else FP8
             wide = torch.randn(case.shape, device="cuda", generator=generator)
-            own, rows = quantize_rows_reference(wide, kind), quantize_rows_reference(x, kind)
+            own, rows = (quantize_rows_reference(values, CodeType(dtype=kind)) for values in (wide, x))
             works.append(functools.partial(product_of_few, rows, own.codes, own.scale, DTYPE))
             weight, inputs = own.codes.float() * own.scale, rows.codes.float() * rows.scale
         if index == 0:

@@ -5,17 +5,17 @@ from typing import Protocol
 
 import torch
 
-from pressd.runtime.kernels.registry import LinearKernel, LinearProblem, QuantizedRows, Rows, Tensors
+from pressd.runtime.kernels.registry import CodeType, LinearKernel, LinearProblem, QuantizedRows, Rows, Tensors
 
 
 class LinearLayer(Protocol):
     """Maps x [T, in] to [T, out]; `tensors` are all it keeps in memory.
 
-    `wants` is the type of codes that it would rather get x in, as QuantizedRows; None: it takes tensors only.
+    `wants` is what it would rather get x as, in QuantizedRows; None: it takes tensors only.
     """
 
     @property
-    def wants(self) -> torch.dtype | None: ...
+    def wants(self) -> CodeType | None: ...
 
     def __call__(self, x: Rows) -> torch.Tensor: ...
 
@@ -32,9 +32,8 @@ class Linear:
     bias: torch.Tensor | None = None
 
     @property
-    def wants(self) -> torch.dtype | None:
-        by_row = self.problem.activation_bits == 8 and self.problem.group_size is None
-        return self.kernel.codes if by_row and self.kernel.run_codes is not None else None
+    def wants(self) -> CodeType | None:
+        return None if self.kernel.codes is None else self.kernel.codes(self.problem)
 
     def __call__(self, x: Rows) -> torch.Tensor:
         if isinstance(x, QuantizedRows):
@@ -55,7 +54,7 @@ class UnfusedLinear:
     members: tuple[LinearLayer, ...]
 
     @property
-    def wants(self) -> torch.dtype | None:
+    def wants(self) -> CodeType | None:
         return None
 
     def __call__(self, x: Rows) -> torch.Tensor:
@@ -74,7 +73,7 @@ class ChainLinear:
     ranks: tuple[int, ...]
 
     @property
-    def wants(self) -> torch.dtype | None:
+    def wants(self) -> CodeType | None:
         return None
 
     def __call__(self, x: Rows) -> torch.Tensor:
@@ -94,7 +93,7 @@ class SumLinear:
     residual: LinearLayer
 
     @property
-    def wants(self) -> torch.dtype | None:
+    def wants(self) -> CodeType | None:
         return None
 
     def __call__(self, x: Rows) -> torch.Tensor:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pressd.runtime.kernels.registry import PointwiseKernels, Rows
+from pressd.runtime.kernels.registry import CodeType, PointwiseKernels, Rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +21,9 @@ class RMSNorm:
         return y
 
     def add(
-        self, x: torch.Tensor, delta: torch.Tensor | None, quantize: torch.dtype | None = None
+        self, x: torch.Tensor, delta: torch.Tensor | None, quantize: CodeType | None = None
     ) -> tuple[torch.Tensor, Rows]:
-        """Return x + delta (x without one) and its norm, both [T, H]; the norm as codes of a type, if one is given."""
+        """Return x + delta (x without one) and its norm, both [T, H]; the norm as codes, if their type is given."""
         return self.kernels.add_norm(x, delta, self.gain, self.epsilon, quantize)
 
     def tensors(self) -> list[torch.Tensor]:

@@ -30,7 +30,7 @@ from pressd.runtime.kernels.gate import triton as gate
 from pressd.runtime.kernels.int8 import format as int8
 from pressd.runtime.kernels.norm import triton as norm
 from pressd.runtime.kernels.packed_int import format as packed_int
-from pressd.runtime.kernels.registry import LinearProblem, Tensors, describe_device
+from pressd.runtime.kernels.registry import CodeType, LinearProblem, Tensors, describe_device
 from pressd.runtime.kernels.rotary import triton as rotary
 from pressd.runtime.kernels.step import triton as step
 from pressd.runtime.kernels.step.buffers import StepBuffers
@@ -281,7 +281,7 @@ def pointwise(limits: dict[str, float]) -> Iterator[Row]:
         x, delta = (torch.randn(tokens, 4096, device=DEVICE, dtype=DTYPE) for _ in range(2))
         gain = torch.rand(4096, device=DEVICE, dtype=DTYPE)
         gate_up = torch.randn(tokens, 28672, device=DEVICE, dtype=DTYPE)
-        for codes in (None, torch.int8):
+        for codes in (None, CodeType(dtype=torch.int8)):
             to = "" if codes is None else " to int8"
             size = 2 if codes is None else 1
             works = {

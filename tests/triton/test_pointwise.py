@@ -10,13 +10,14 @@ from pressd.runtime.kernels.gate import reference as gate_reference
 from pressd.runtime.kernels.gate import triton as gate
 from pressd.runtime.kernels.norm import reference as norm_reference
 from pressd.runtime.kernels.norm import triton as norm
-from pressd.runtime.kernels.registry import QuantizedRows
+from pressd.runtime.kernels.registry import CodeType, QuantizedRows
 from pressd.runtime.kernels.rotary import reference as rotary_reference
 from pressd.runtime.kernels.rotary import triton as rotary
 from pressd.runtime.kernels.row_codes import quantize_rows
 
 # The interpreter's conversion to e4m3 loses a carry from the significand into the exponent: 1.99 becomes 1.
-CODES = [torch.int8] if os.environ.get("TRITON_INTERPRET") == "1" else [torch.int8, FP8]
+DTYPES = [torch.int8] if os.environ.get("TRITON_INTERPRET") == "1" else [torch.int8, FP8]
+CODES = [CodeType(dtype=dtype) for dtype in DTYPES]
 
 
 def assert_codes(found: QuantizedRows, values: torch.Tensor) -> None:
@@ -24,7 +25,7 @@ def assert_codes(found: QuantizedRows, values: torch.Tensor) -> None:
 
     The scale is one division in float32; a value within its error of the middle between two codes may take either.
     """
-    expected = quantize_rows_reference(values.float().cpu(), found.codes.dtype)
+    expected = quantize_rows_reference(values.float().cpu(), CodeType(dtype=found.codes.dtype))
     scale = found.scale.cpu().double()
     torch.testing.assert_close(scale, expected.scale.double(), rtol=2**-23, atol=0)
     step = 1.0 if found.codes.dtype == torch.int8 else 2**-3  # between codes, or over a code: three bits of it
@@ -79,11 +80,11 @@ def test_gate(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) 
 
 @pytest.mark.parametrize("codes", CODES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 32), (1, 1), (4, 333), (2, 4096)], ids=str)
-def test_rows_to_codes(device: torch.device, dtype: torch.dtype, codes: torch.dtype, shape: tuple[int, int]) -> None:
+def test_rows_to_codes(device: torch.device, dtype: torch.dtype, codes: CodeType, shape: tuple[int, int]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     if shape[0] > 1:
         x[1] = 0
-    rows = quantize_rows(x.to(device), codes)
+    rows = quantize_rows(x.to(device), codes.dtype)
     assert_codes(rows, x)
     if shape[0] > 1:
         assert bool((rows.codes[1].float() == 0).all())
@@ -92,12 +93,12 @@ def test_rows_to_codes(device: torch.device, dtype: torch.dtype, codes: torch.dt
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("codes", CODES, ids=str)
-def test_what_is_no_number_stays_none_in_codes(device: torch.device, dtype: torch.dtype, codes: torch.dtype) -> None:
+def test_what_is_no_number_stays_none_in_codes(device: torch.device, dtype: torch.dtype, codes: CodeType) -> None:
     x = torch.randn(4, 140, generator=torch.Generator().manual_seed(4)).to(dtype)
     x[1, 4], x[2, 100], x[3, 139] = float("-inf"), float("nan"), float("nan")
     gated = gate.silu_mul(x.to(device), codes)
     normed = norm.add_norm(x.to(device), None, torch.ones(140, dtype=dtype, device=device), 1e-5, codes)[1]
-    plain = quantize_rows(x.to(device), codes)
+    plain = quantize_rows(x.to(device), codes.dtype)
     for found, expected in (
         (gated, gate_reference.silu_mul(x, codes)),
         (normed, norm_reference.add_norm(x, None, torch.ones(140, dtype=dtype), 1e-5, codes)[1]),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from pressd.runtime.kernels.activation_codes import FP8
+from pressd.runtime.kernels.activation_codes import FP8, by_row
 from pressd.runtime.kernels.code_products import TOKENS, product_of_few, variants_of
 from pressd.runtime.kernels.fp8 import format as disk
 from pressd.runtime.kernels.fp8 import reference
@@ -63,6 +63,6 @@ KERNEL = LinearKernel(
     pack=pack,
     run=run,
     rows=reference.rows,
-    codes=FP8,
+    codes=by_row(FP8),
     run_codes=run_codes,
 )

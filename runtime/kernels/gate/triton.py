@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from pressd.runtime.kernels.activation_codes import HALF_RANGE
-from pressd.runtime.kernels.registry import QuantizedRows
+from pressd.runtime.kernels.registry import CodeType, QuantizedRows
 from pressd.runtime.kernels.row_codes import block_of, codes_of, empty_rows
 from pressd.runtime.kernels.variants import Variant
 
@@ -50,7 +50,7 @@ def gate_row(gate_up, codes, scales, width, HALF_RANGE: tl.constexpr, IS_INT8: t
     tl.store(scales + token, scale)
 
 
-def silu_mul(gate_up: torch.Tensor, quantize: torch.dtype | None = None) -> torch.Tensor | QuantizedRows:
+def silu_mul(gate_up: torch.Tensor, quantize: CodeType | None = None) -> torch.Tensor | QuantizedRows:
     """As `PointwiseKernels` in registry.py says; gate_up is contiguous."""
     num_rows, width = gate_up.size(0), gate_up.size(1) // 2
     if quantize is None:
@@ -58,7 +58,7 @@ def silu_mul(gate_up: torch.Tensor, quantize: torch.dtype | None = None) -> torc
         if num_rows:
             gate_part[(num_rows, triton.cdiv(width, COLUMNS))](gate_up, y, width, BLOCK=COLUMNS, num_warps=4)
         return y
-    rows = empty_rows(num_rows, width, quantize, gate_up.device)
+    rows = empty_rows(num_rows, width, quantize.dtype, gate_up.device)
     if num_rows:
         block, num_warps = block_of(width)
         gate_row[(num_rows,)](
@@ -66,8 +66,8 @@ def silu_mul(gate_up: torch.Tensor, quantize: torch.dtype | None = None) -> torc
             rows.codes,
             rows.scale,
             width,
-            HALF_RANGE=HALF_RANGE[quantize],
-            IS_INT8=quantize == torch.int8,
+            HALF_RANGE=HALF_RANGE[quantize.dtype],
+            IS_INT8=quantize.dtype == torch.int8,
             BLOCK=block,
             num_warps=num_warps,
         )

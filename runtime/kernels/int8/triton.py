@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pressd.runtime.kernels.activation_codes import by_row
 from pressd.runtime.kernels.code_products import TOKENS, product_of_few, variants_of
 from pressd.runtime.kernels.int8 import format as disk
 from pressd.runtime.kernels.integer_codes import dequantize
@@ -100,6 +101,6 @@ KERNEL = LinearKernel(
     pack=pack,
     run=run,
     rows=rows,
-    codes=torch.int8,
+    codes=by_row(torch.int8),
     run_codes=run_codes,
 )

@@ -3,15 +3,15 @@
 import torch
 
 from pressd.runtime.kernels.activation_codes import quantize_rows_reference
-from pressd.runtime.kernels.registry import Rows
+from pressd.runtime.kernels.registry import CodeType, Rows
 
 
 def add_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, gain: torch.Tensor, epsilon: float, quantize: torch.dtype | None = None
+    x: torch.Tensor, delta: torch.Tensor | None, gain: torch.Tensor, epsilon: float, quantize: CodeType | None = None
 ) -> tuple[torch.Tensor, Rows]:
     """Return x + delta (x without one) [T, H] and y = x / sqrt(mean(x^2) + epsilon) * gain, float32 or wider inside.
 
-    With `quantize`, a type of codes, y comes as QuantizedRows.
+    With `quantize` y comes as QuantizedRows.
     """
     if delta is not None:
         x = x + delta

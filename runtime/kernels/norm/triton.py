@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from pressd.runtime.kernels.activation_codes import HALF_RANGE
-from pressd.runtime.kernels.registry import Rows
+from pressd.runtime.kernels.registry import CodeType, Rows
 from pressd.runtime.kernels.row_codes import block_of, codes_of, empty_rows
 from pressd.runtime.kernels.variants import Variant
 
@@ -55,12 +55,13 @@ def add_and_norm(
 
 
 def add_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, gain: torch.Tensor, epsilon: float, quantize: torch.dtype | None = None
+    x: torch.Tensor, delta: torch.Tensor | None, gain: torch.Tensor, epsilon: float, quantize: CodeType | None = None
 ) -> tuple[torch.Tensor, Rows]:
     """As `PointwiseKernels` in registry.py says; x and delta are contiguous."""
     num_rows, width = x.shape
     total = x if delta is None else torch.empty_like(x)
-    y: Rows = torch.empty_like(x) if quantize is None else empty_rows(num_rows, width, quantize, x.device)
+    codes = None if quantize is None else quantize.dtype
+    y: Rows = torch.empty_like(x) if codes is None else empty_rows(num_rows, width, codes, x.device)
     if num_rows:
         block, num_warps = block_of(width)
         values, scales = (y, x) if isinstance(y, torch.Tensor) else (y.codes, y.scale)
@@ -74,9 +75,9 @@ def add_norm(
             width,
             epsilon,
             ADDS=delta is not None,
-            QUANTIZES=quantize is not None,
-            IS_INT8=quantize == torch.int8,
-            HALF_RANGE=1.0 if quantize is None else HALF_RANGE[quantize],
+            QUANTIZES=codes is not None,
+            IS_INT8=codes == torch.int8,
+            HALF_RANGE=1.0 if codes is None else HALF_RANGE[codes],
             BLOCK=block,
             num_warps=num_warps,
         )
