@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -45,6 +47,9 @@ POINTWISE = PointwiseKernels(
     selects_rotations=True,
 )
 
+# Code that is generated for the CPU wants LLVM, which there is no need for on a GPU or on other processors.
+_GENERATED_LINEAR = ("int8.cpu_vnni", "packed_int.cpu_vnni")
+
 # Loaded only where there is a GPU to run them: importing Triton takes half a second.
 _TRITON_LINEAR = ("fp8", "int8", "packed_int")
 _TRITON = (*_TRITON_LINEAR, "attention", "gate", "norm", "race", "rotary", "step", "gptq")
@@ -58,19 +63,21 @@ def triton_modules() -> tuple[ModuleType, ...]:
 def linear_kernels(device: Device) -> tuple[LinearKernel, ...]:
     """Return the candidates for linears on a device."""
     if device.kind != "cuda":
-        return LINEAR
+        return (*(_generated(name).KERNEL for name in _GENERATED_LINEAR), *LINEAR) if _has_llvm() else LINEAR
     return (*(_triton(storage).KERNEL for storage in _TRITON_LINEAR), *LINEAR)
 
 
 def attention_kernels(device: Device) -> tuple[AttentionKernel, ...]:
     """Return the candidates for attention on a device."""
-    return ATTENTION if device.kind != "cuda" else (_triton("attention").KERNEL, *ATTENTION)
+    if device.kind != "cuda":
+        return (_generated("attention.cpu_generated").KERNEL, *ATTENTION) if _has_llvm() else ATTENTION
+    return _triton("attention").KERNEL, *ATTENTION
 
 
 def pointwise_kernels(device: Device) -> tuple[PointwiseKernels, ...]:
     """Return the candidates for what lies between the linears on a device."""
     if device.kind != "cuda":
-        return (POINTWISE,)
+        return (_generated_pointwise(), POINTWISE) if _has_llvm() else (POINTWISE,)
     fused = PointwiseKernels(
         name="triton",
         why_not=why_no_triton,
@@ -93,6 +100,32 @@ def race_kernel() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[
 def step_kernel() -> ModuleType:
     """Return what prepares steps where attention reads block tables on the device."""
     return _triton("step")
+
+
+def use_code_cache(directory: Path | None) -> None:
+    """Keep generated code in this directory from now on; None: nowhere."""
+    if _has_llvm():
+        _generated("codegen.object_cache").use(directory)
+
+
+def _generated_pointwise() -> PointwiseKernels:
+    return PointwiseKernels(
+        name="cpu-generated",
+        why_not=_generated("vnni_linear").why_not_pointwise,
+        add_norm=_generated("norm.cpu").add_norm,
+        silu_mul=_generated("gate.cpu").silu_mul,
+        rotate_and_write=_generated("rotary.cpu").rotate_and_write,
+        selects_rotations=False,
+        is_generated=True,
+    )
+
+
+def _has_llvm() -> bool:
+    return find_spec("llvmlite") is not None
+
+
+def _generated(module: str) -> ModuleType:
+    return import_module(f"pressd.runtime.kernels.{module}")
 
 
 def _triton(folder: str) -> ModuleType:

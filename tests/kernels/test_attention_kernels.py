@@ -8,15 +8,16 @@ from hypothesis import strategies as st
 
 from pressd.runtime.kernels.attention import cpu
 from pressd.runtime.kernels.attention.batch import AttentionBatch, AttentionProblem, QueryRun
-from pressd.runtime.kernels.catalogue import ATTENTION
+from pressd.runtime.kernels.catalogue import attention_kernels
 from pressd.runtime.kernels.registry import AttentionKernel, describe_device
 
 CPU = describe_device(torch.device("cpu"))
+ATTENTION = attention_kernels(CPU)
 BLOCK_SIZE = 4
 # (new tokens, positions with them): one token, a first chunk, a later chunk, one token alone, tails of blocks; then
 # single tokens of equal lengths, three of whose runs lie at equal distances and one does not.
 SEQUENCES = ((1, 9), (7, 7), (5, 18), (1, 1), (2, 5), (1, 6), (1, 6), (1, 6), (2, 5), (1, 6))
-HEADS = ((4, 2, 8), (3, 3, 16), (8, 1, 4))
+HEADS = ((4, 2, 8), (3, 3, 16), (8, 1, 4), (6, 2, 32), (7, 1, 96))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 # Itself only; within a block; a block; across blocks; as long as a sequence (7 and 18), longer than all.
 WINDOWS = (None, 1, 3, 4, 6, 7, 18, 100)
@@ -83,7 +84,7 @@ def test_equals_float64(
 @pytest.mark.parametrize("kernel", ATTENTION, ids=lambda kernel: kernel.name)
 def test_a_sequence_in_chunks_equals_it_whole(kernel: AttentionKernel, chunk: int, window: int | None) -> None:
     """Of one sequence, however it is cut; what lies behind every window of a chunk is NaN and must not be read."""
-    length, num_heads, num_kv_heads, head_dim = 33, 4, 1, 8
+    length, num_heads, num_kv_heads, head_dim = 33, 4, 1, 32
     problem = AttentionProblem(
         num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=torch.float32, window=window
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pressd.runtime.kernels import crossovers
-from pressd.runtime.kernels.catalogue import LINEAR
+from pressd.runtime.kernels.catalogue import linear_kernels
 from pressd.runtime.kernels.dense import format as dense
 from pressd.runtime.kernels.fp8 import format as fp8
 from pressd.runtime.kernels.int8 import format as int8
@@ -15,12 +15,15 @@ from pressd.runtime.kernels.packed_int import format as packed_int
 from pressd.runtime.kernels.registry import REFERENCE, LinearKernel, LinearProblem, Tensors, describe_device, select
 
 CPU = describe_device(torch.device("cpu"))
+LINEAR = linear_kernels(CPU)
 INSTRUCTIONS = "avx512" if "avx512" in CPU.features else "avx2"
 # None, one, few, and both sides of where this machine's kernels change branches.
 CROSSOVERS = {rows[INSTRUCTIONS] for rows in crossovers.FEW_ROWS.values() if INSTRUCTIONS in rows}
-ROWS = sorted({0, 1, 3, *CROSSOVERS, *(rows + 1 for rows in CROSSOVERS)})
+# Generated tiles have 1 to 16 rows, and several of 12 at most.
+ROWS = sorted({0, 1, 2, 3, 5, 16, 17, 29, *CROSSOVERS, *(rows + 1 for rows in CROSSOVERS)})
 # Odd, less than a block of rows of the packed product, and whole blocks with rows that remain.
 SHAPES = ((97, 160), (16, 64), (144, 256))
+GENERATED_SHAPES = ((16, 64), (497, 256), (144, 96))  # a block, one with missing outputs, no multiple of a large group
 ONEDNN_SHAPES = ((1000, 1088), (1088, 1000))  # smaller ones are refused
 BITS = range(2, 9)
 GROUPS = (None, 32, 64, 128)
@@ -35,6 +38,8 @@ def storages(kernel: LinearKernel) -> list[tuple[int, int | None, int]]:
         return [(8, None, 8), (8, None, 16), (8, 32, 8)]
     if kernel.storage == fp8.NAME:
         return [(8, None, 16), (8, None, 8)]
+    if kernel.storage == packed_int.NAME and kernel.name == "cpu-vnni":
+        return [(bits, group, 8) for bits in (4, 8) for group in GROUPS]
     if kernel.storage == packed_int.NAME and kernel.name == REFERENCE:
         return [(4, 32, 16), (4, 64, 8), (3, None, 16), (3, None, 8), (7, 32, 8), (8, None, 16)]
     return list(itertools.product(BITS, GROUPS, (16, 8))) if kernel.storage == packed_int.NAME else []
@@ -87,7 +92,7 @@ def activations(rows: int, problem: LinearProblem, generator: torch.Generator) -
 def problems() -> list[tuple[LinearKernel, LinearProblem]]:
     found = []
     for kernel in LINEAR:
-        shapes = ONEDNN_SHAPES if kernel.name == "cpu-onednn" else SHAPES
+        shapes = {"cpu-onednn": ONEDNN_SHAPES, "cpu-vnni": GENERATED_SHAPES}.get(kernel.name, SHAPES)
         for (bits, group_size, activation_bits), shape, dtype in itertools.product(storages(kernel), shapes, DTYPES):
             if group_size is not None and shape[1] % group_size:
                 continue
@@ -212,7 +217,13 @@ def test_a_second_copy_would_be_counted() -> None:
 
 def test_every_kernel_is_exercised_or_refuses_this_machine() -> None:
     tested = {kernel.name + kernel.storage for kernel, _ in problems()}
-    machine_bound = {"cpu-onednnint8", "cpu-wideneddense", "cpu-nibblespacked_int"}
+    machine_bound = {
+        "cpu-onednnint8",
+        "cpu-wideneddense",
+        "cpu-nibblespacked_int",
+        "cpu-vnniint8",
+        "cpu-vnnipacked_int",
+    }
     elsewhere = {"referencemask"}
     assert {kernel.name + kernel.storage for kernel in LINEAR} - tested <= machine_bound | elsewhere
 

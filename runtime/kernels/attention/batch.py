@@ -1,7 +1,7 @@
 """What attention is asked to do in one step."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -70,6 +70,8 @@ class PagedBatch:
 class AttentionBatch:
     """All sequences of a step; slot_mapping int64 [T] is where new keys and values go (block * block_size + offset).
 
+    A kernel keeps in `memo` what it has made of it, for the layers that follow.
+
     `runs` is what the host knows of them. Kernels that follow block tables on a device read `decoding`, of sequences
     with up to MAX_DECODE new tokens, and `prompts`, of those with more; None where there are none, or no such kernel.
     """
@@ -78,6 +80,7 @@ class AttentionBatch:
     slot_mapping: torch.Tensor
     decoding: PagedBatch | None = None
     prompts: PagedBatch | None = None
+    memo: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_gathers(self) -> int:

@@ -27,7 +27,20 @@ def run(
     problem: AttentionProblem,
 ) -> torch.Tensor:
     output = torch.empty_like(query)
-    for parts in stacks(batch.runs):
+    attend_runs(query, key_blocks, value_blocks, batch.runs, problem, output)
+    return output
+
+
+def attend_runs(
+    query: torch.Tensor,
+    key_blocks: torch.Tensor,
+    value_blocks: torch.Tensor,
+    runs: Iterable[QueryRun],
+    problem: AttentionProblem,
+    output: torch.Tensor,
+) -> None:
+    """Write the rows of output, shaped as query, that belong to `runs`."""
+    for parts in stacks(runs):
         first = parts[0].first_visible(problem.window)
         if len(parts) > 1:
             keys, values = (_stacked(blocks, parts, first) for blocks in (key_blocks, value_blocks))
@@ -51,7 +64,6 @@ def run(
             enable_gqa=problem.num_heads != problem.num_kv_heads,
             scale=problem.scale,
         )[0].transpose(0, 1)
-    return output
 
 
 def stacks(runs: Iterable[QueryRun]) -> list[list[QueryRun]]:
