@@ -202,21 +202,7 @@ class Runner:
         """Return each layer's batch; layers of a group share theirs."""
         batches = []
         for number, group in enumerate(self.groups):
-            runs, start = [], 0
-            for item in plan.rows:
-                table = item.sequence.tables[number]
-                length = item.stop - item.start
-                runs.append(
-                    QueryRun(
-                        start=start,
-                        length=length,
-                        kv_length=item.stop,
-                        block_table=table.blocks,
-                        first_block=table.first_block,
-                    )
-                )
-                start += length
-            batches.append(AttentionBatch(runs=tuple(runs), slot_mapping=step.slots[number]))
+            batches.append(AttentionBatch(runs=query_runs(plan, number), slot_mapping=step.slots[number]))
             self.num_gathers += batches[-1].num_gathers * len(group.layers)
         return [batches[self._group_of[layer]] for layer in range(len(self.kv))]
 
@@ -242,6 +228,25 @@ class Runner:
             tiles.append(log_probabilities(wide, following[begin : begin + PROMPT_TILE], num_top))
         scores, ranks, top_ids, top = (torch.cat(parts) for parts in zip(*tiles, strict=True))
         return PromptScores(item, following.clone(), scores, ranks, top_ids, top)
+
+
+def query_runs(plan: StepPlan, group: int) -> tuple[QueryRun, ...]:
+    """Return the parts of a plan as attention sees them in the layers of a KV group."""
+    runs, start = [], 0
+    for item in plan.rows:
+        table = item.sequence.tables[group]
+        length = item.stop - item.start
+        runs.append(
+            QueryRun(
+                start=start,
+                length=length,
+                kv_length=item.stop,
+                block_table=table.blocks,
+                first_block=table.first_block,
+            )
+        )
+        start += length
+    return tuple(runs)
 
 
 def finite_parts(hidden: torch.Tensor, stops: torch.Tensor) -> torch.Tensor:

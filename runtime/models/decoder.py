@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 
 from pressd.runtime.kernels.attention.batch import AttentionBatch, QueryRun, page
+from pressd.runtime.kernels.host_memory import huge_empty
 from pressd.runtime.kernels.registry import PointwiseKernels
 from pressd.runtime.layers.attention import Attention, LayerKV
 from pressd.runtime.layers.embedding import Embedding
@@ -74,7 +75,13 @@ class Decoder:
         self, token_ids: torch.Tensor, positions: torch.Tensor, kv: Sequence[LayerKV], batch: Batches
     ) -> torch.Tensor:
         """Return hidden states [T, H] after the final norm, for ids and positions int64 [T]; writes the new KV."""
-        x_TH, delta_TH = self._stream(self.embedding(token_ids), positions, kv, batch, range(len(self.blocks)))
+        return self.finish(self.embedding(token_ids), positions, kv, batch)
+
+    def finish(
+        self, x_TH: torch.Tensor, positions: torch.Tensor, kv: Sequence[LayerKV], batch: Batches
+    ) -> torch.Tensor:
+        """Return hidden states [T, H] after the final norm, given the residual stream as the embedding starts it."""
+        x_TH, delta_TH = self._stream(x_TH, positions, kv, batch, range(len(self.blocks)))
         _, hidden = self.final_norm.add(x_TH, delta_TH)
         assert isinstance(hidden, torch.Tensor)
         return hidden
@@ -143,6 +150,8 @@ class Decoder:
     def new_kv(self, num_blocks: int, block_size: int) -> LayerKV:
         """Allocate, without clearing, keys and values of one layer."""
         shape = (num_blocks, block_size, self.config.num_kv_heads, self.config.head_dim)
+        if self.device.type == "cpu":
+            return LayerKV(keys=huge_empty(shape, self.dtype), values=huge_empty(shape, self.dtype))
         keys = torch.empty(shape, dtype=self.dtype, device=self.device)
         return LayerKV(keys=keys, values=torch.empty_like(keys))
 
@@ -151,6 +160,11 @@ class Decoder:
         """Whether all that a step needs is on the device: block tables to follow, positions to rotate by."""
         follows = all(block.attention.kernel.reads_tables for block in self.blocks)
         return follows and not self.pointwise.selects_rotations
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether attention and what lies between linears is code that was generated for this CPU."""
+        return self.pointwise.is_generated and all(block.attention.kernel.is_generated for block in self.blocks)
 
     @property
     def kv_bytes_per_token(self) -> int:
