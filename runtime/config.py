@@ -21,7 +21,10 @@ class EngineConfig:
     the model's own limit. `threads` None leaves torch's choice. `target_itl` is the time, in seconds, that a step
     should take at most while sequences wait for their next token, so that prompts are computed in smaller pieces beside
     them (None: only `max_step_tokens` bounds a step). With `overlap` a step is launched before the results of the last
-    are read (None: on a GPU). `cuda_graphs` lets a GPU replay decoding steps instead of being told of each operator.
+    are read (None: on a GPU). `code_cache` is the directory that keeps kernels which were generated for this CPU (None:
+    they are generated at every start). With `pins_cores` this process runs on as many cores as help, and on no others,
+    unless `threads` says how many. `cuda_graphs` lets a GPU replay decoding steps instead of being told of each
+    operator.
     """
 
     device: DeviceName = "auto"
@@ -37,6 +40,8 @@ class EngineConfig:
     prefix_cache: bool = True
     overlap: bool | None = None
     cuda_graphs: bool = True
+    code_cache: str | None = None
+    pins_cores: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_batch", "max_step_tokens"):

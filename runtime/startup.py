@@ -1,5 +1,6 @@
 """From a directory to a runner that is warm: read, verify, pack, size the KV pool."""
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,12 @@ import torch
 from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.config import EngineConfig
 from pressd.runtime.constraints import ConstraintCompiler
+from pressd.runtime.cores import cores_of_machine
 from pressd.runtime.costs import CostTable, StepBudget, TimeBudget, TokenBudget
 from pressd.runtime.cuda_runner import CudaRunner
 from pressd.runtime.graphs import CudaCapture
-from pressd.runtime.kernels.catalogue import race_kernel, step_kernel
+from pressd.runtime.kernels.catalogue import race_kernel, step_kernel, use_code_cache
+from pressd.runtime.kernels.host_memory import keep_freed_memory
 from pressd.runtime.kv_cache import KVCache, KVGroup
 from pressd.runtime.kv_plan import longest_sequence, plan_groups
 from pressd.runtime.models import Decoder, load_decoder
@@ -49,10 +52,11 @@ def start(path: Path, config: EngineConfig) -> EngineParts:
 
 def start_from(checkpoint: Checkpoint, config: EngineConfig, *, verify_seconds: float) -> EngineParts:
     """Start as `start` does from a checkpoint that is open already, which took `verify_seconds`."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    keep_freed_memory()
+    use_code_cache(None if config.code_cache is None else Path(config.code_cache))
     seconds = {"verify": verify_seconds}
     device, dtype = pick_device(config), pick_dtype(config, checkpoint)
+    set_threads(config, device)
     began = time.monotonic()
     decoder = load_decoder(checkpoint, device=device, dtype=dtype, prefer=config.kernels)
     seconds["read"] = time.monotonic() - began
@@ -119,7 +123,8 @@ def _describe(
 def make_runner(decoder: Decoder, groups: tuple[KVGroup, ...], config: EngineConfig, max_length: int) -> Runner:
     """Return the runner that suits the kernels, ready to run; `max_length` bounds a sequence and the token it draws."""
     if not decoder.reads_tables:
-        return Runner(decoder, groups, block_size=config.block_size, max_batch=config.max_batch, max_length=max_length)
+        kind = _cpu_runner() if decoder.is_generated else Runner
+        return kind(decoder, groups, block_size=config.block_size, max_batch=config.max_batch, max_length=max_length)
     runner = CudaRunner(
         decoder,
         groups,
@@ -132,6 +137,12 @@ def make_runner(decoder: Decoder, groups: tuple[KVGroup, ...], config: EngineCon
     )
     runner.warm_up()
     return runner
+
+
+def _cpu_runner() -> type[Runner]:
+    from pressd.runtime.cpu_runner import CpuRunner  # wants LLVM, which is not there on every machine
+
+    return CpuRunner
 
 
 @torch.inference_mode()
@@ -161,6 +172,15 @@ def _seconds(decoder: Decoder, num_tokens: int) -> float:
     began = time.perf_counter()
     decoder.lm_head(decoder.hidden_states(ids)[:, -1]).cpu()  # a copy to the host waits until the device has done it
     return time.perf_counter() - began
+
+
+def set_threads(config: EngineConfig, device: torch.device) -> None:
+    """Let PyTorch, and what is generated, use as many threads as were asked for, or as the machine has cores for."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    elif config.pins_cores and device.type == "cpu" and (cores := cores_of_machine()) is not None:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(len(cores))
 
 
 def pick_device(config: EngineConfig) -> torch.device:

@@ -32,6 +32,7 @@ class Settings:
     dtype: DtypeName = "auto"
     kernels: KernelPreference = "fast"
     kv_memory: int | None = None
+    threads: int | None = None
     max_batch: int = 32
     max_step_tokens: int = 512
     target_itl: float = 0.25
@@ -82,6 +83,9 @@ class Settings:
             max_batch=self.max_batch,
             max_step_tokens=self.max_step_tokens,
             target_itl=self.target_itl or None,
+            threads=self.threads,
+            code_cache=str(code_cache()),
+            pins_cores=True,
         )
 
 
@@ -161,6 +165,9 @@ OPTIONS: dict[str, Option] = {
     ),
     "kernels": Option(parse=_choice("fast", "reference"), help="fast, or reference: slow and plain (fast)"),
     "kv_memory": Option(parse=_size, metavar="SIZE", help="memory of the KV cache, e.g. 512MiB (by batch and context)"),
+    "threads": Option(
+        parse=_integer(1), help="threads that compute on a CPU (one for each core that the machine and its cgroup give)"
+    ),
     "max_batch": Option(parse=_integer(1), help="most requests computed at once (32)"),
     "max_step_tokens": Option(parse=_integer(1), help="most tokens computed in one step (512)"),
     "target_itl": Option(
@@ -223,6 +230,11 @@ def load(arguments: Namespace, environment: Mapping[str, str] = os.environ) -> S
 def pressed_models(environment: Mapping[str, str] = os.environ) -> Path:
     """Return the folder that keeps what `--scheme` has pressed: the place of caches that freedesktop.org gives."""
     return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pressd" / "pressed"
+
+
+def code_cache(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder that keeps kernels which were generated for this CPU."""
+    return pressed_models(environment).with_name("code")
 
 
 def _flag(name: str) -> str:
