@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peers_report import Report, markdown, plot
+from peers_report import Report, into_readme, markdown, plot
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "bench" / "peers"
@@ -231,10 +231,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="contenders whose names contain one of these")
     parser.add_argument("--small", action="store_true", help="a tiny shape, to try the script")
     parser.add_argument("--quick", action="store_true", help="two rounds, short contexts, print only")
+    parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing, write the pages from FILE")
     parser.add_argument("--json", type=Path, default=WORK / "figures.json", metavar="FILE", help="every figure")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.runs, arguments.contexts, arguments.prompts = 2, [32], [512]
+    if arguments.from_json:
+        publish(Report(**json.loads(arguments.from_json.read_text())))
+        return
     contenders, missing = prepare(arguments)
     if arguments.only:
         contenders = [c for c in contenders if any(text in c.label for text in arguments.only)]
@@ -252,11 +256,17 @@ def main() -> None:
         machine=machine(arguments),
     )
     arguments.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
-    text = markdown(report)
-    print(text)
+    print(markdown(report))
     if not (arguments.quick or arguments.small or arguments.only):
-        DOCUMENT.write_text(text)
-        plot(report, PLOT)
+        publish(report)
+
+
+def publish(report: Report) -> None:
+    """Write the page, the plot, and the README's table."""
+    DOCUMENT.write_text(markdown(report))
+    plot(report, PLOT)
+    readme = ROOT / "README.md"
+    readme.write_text(into_readme(readme.read_text(), report))
 
 
 def machine(arguments: argparse.Namespace) -> dict[str, Any]:

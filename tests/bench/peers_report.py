@@ -1,5 +1,6 @@
 """The table and the plot of tests/bench/peers.py."""
 
+import re
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 # What ours should be at least, as a multiple of the best peer at the same point.
 MARK, MARK_IN_BATCHES = 1.25, 1.5
+MARKS = re.compile(r"(  <!-- peers: begin \(.*?\) -->\n).*?(  <!-- peers: end -->)", re.DOTALL)
 BATCHED = ("decode 4 ", "decode 8 ", "decode 16 ", "first token 512")
 
 
@@ -96,6 +98,17 @@ def _verdict(report: Report) -> list[str]:
         cells = (title(point), who, f"{ours[1]:.1f}", peer[0], f"{peer[1]:.1f}", shown, str(mark_of(point)))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def into_readme(text: str, report: Report) -> str:
+    """Put the table of ours beside the best peer between the README's marks."""
+    lines = [
+        *_verdict(report),
+        "",
+        f"Measured on {report.machine['date']} on {report.machine['threads']} cores of {report.machine['processor']}.",
+    ]
+    table = "\n".join(f"  {line}" if line else "" for line in lines)
+    return MARKS.sub(lambda marks: f"{marks[1]}{table}\n{marks[2]}", text)
 
 
 def _table(report: Report) -> list[str]:
