@@ -27,6 +27,8 @@ __all__ = ["ArtifactError", "Checkpoint", "LinearSpec"]
 # Above this, hashing every byte would dominate the start of a server; `pressd verify --full` does it at any size.
 HASH_BELOW_BYTES = 256 << 20
 
+SMALL = 1 << 20  # bytes
+
 
 class Checkpoint:
     """A model directory whose headers have been checked. Tensors are on the CPU, mapped from disk when asked for."""
@@ -112,14 +114,18 @@ class Checkpoint:
         return frozenset(self._shards.entries)
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor as it is stored, without copying it from the page cache; `lm_head` may be the embedding."""
+        """Return a tensor as it is stored; `lm_head` may be the embedding.
+
+        A large one is not copied from the page cache. A small one is: kept for good, as norms and scales are, it would
+        keep the whole file mapped and resident.
+        """
         prefix, _, suffix = name.rpartition(".")
         name = f"{self._untied(prefix)}.{suffix}"
         shard = self._shards.file_of[name]
         if shard not in self._open:
             self._open[shard] = safe_open(self.path / shard, framework="pt", device="cpu")
         tensor: Tensor = self._open[shard].get_tensor(name)  # type: ignore[no-untyped-call]
-        return tensor
+        return tensor.clone() if tensor.nbytes < SMALL else tensor
 
     def linear(self, prefix: str) -> LinearSpec:
         """Return how the weight at `prefix` is stored; `lm_head` of a tied model is the embedding."""
