@@ -48,6 +48,10 @@ class CpuRunner(Runner):
         self.why_not: str | None = None
         """Why steps are not recorded; None while they are."""
 
+    def warm_up(self) -> None:
+        """Compile what decoding runs on, before anybody waits for it."""
+        self._record(1)
+
     def _compute(self, plan: StepPlan) -> Computed:
         if self.why_not is None and not reporting(plan) and all(map(_decodes, plan.rows)):
             if len(plan.rows) not in self._steps:
@@ -57,6 +61,7 @@ class CpuRunner(Runner):
                 return self._replay(plan, *found)
         return super()._compute(plan)
 
+    @torch.inference_mode()
     def _record(self, count: int) -> None:
         """Record a step of so many sequences, or note why it cannot be: what is run here computes nothing of use."""
         inputs = self._inputs(count)

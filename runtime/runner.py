@@ -130,6 +130,9 @@ class Runner:
         """Bytes of the keys and values of all layers."""
         return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in self.kv)
 
+    def warm_up(self) -> None:
+        """Compile what steps run on, before anybody waits for it."""
+
     def launch(self, plan: StepPlan, allowed: TokenMasks | None = None) -> Launched:
         """Start a step; `allowed` masks the sequences that draw, counted in the order of the plan."""
         began = time.perf_counter()

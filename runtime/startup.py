@@ -123,8 +123,12 @@ def _describe(
 def make_runner(decoder: Decoder, groups: tuple[KVGroup, ...], config: EngineConfig, max_length: int) -> Runner:
     """Return the runner that suits the kernels, ready to run; `max_length` bounds a sequence and the token it draws."""
     if not decoder.reads_tables:
-        kind = _cpu_runner() if decoder.is_generated else Runner
-        return kind(decoder, groups, block_size=config.block_size, max_batch=config.max_batch, max_length=max_length)
+        kind = Runner
+        if decoder.is_generated:
+            from pressd.runtime.cpu_runner import CpuRunner as kind  # wants LLVM, which is not there on every machine
+        plain = kind(decoder, groups, block_size=config.block_size, max_batch=config.max_batch, max_length=max_length)
+        plain.warm_up()
+        return plain
     runner = CudaRunner(
         decoder,
         groups,
@@ -137,12 +141,6 @@ def make_runner(decoder: Decoder, groups: tuple[KVGroup, ...], config: EngineCon
     )
     runner.warm_up()
     return runner
-
-
-def _cpu_runner() -> type[Runner]:
-    from pressd.runtime.cpu_runner import CpuRunner  # wants LLVM, which is not there on every machine
-
-    return CpuRunner
 
 
 @torch.inference_mode()

@@ -23,6 +23,8 @@ def main(arguments: list[str] | None = None, *, engine: str = ENGINE) -> int:
     parser = make_parser()
     args = parser.parse_args(arguments)
     try:
+        if args.verb == "eval":
+            _keep_code()
         status: int = run_serve(args, engine) if args.run is run_serve else args.run(args)
         sys.stdout.flush()
         return status
@@ -64,6 +66,13 @@ def run_serve(args: argparse.Namespace, engine: str) -> int:
             name = model_source.default_name(told.model)
             model = pressed_model.pressed(model, scheme, settings.pressed_models(), name=name)
     return app.run(dataclasses.replace(told, model=model), _say, factory=engine)
+
+
+def _keep_code() -> None:
+    """Keep kernels that are generated for this CPU, as the server does."""
+    from pressd.runtime.kernels.catalogue import use_code_cache
+
+    use_code_cache(settings.code_cache())
 
 
 def _say(line: str) -> None:

@@ -52,6 +52,8 @@ def why_not(problem: LinearProblem, device: Device) -> str | None:
 
 def pack(codes: Callable[[slice], torch.Tensor], scale: torch.Tensor, problem: LinearProblem) -> Tensors:
     """Pack a weight of which `codes` returns some rows, int8; compile what will multiply it."""
+    if scale.dtype not in DTYPES:
+        scale = scale.to(torch.float32)
     compile_product(shape_of(problem, scale.dtype))
     lines = vnni_lines.empty(problem.out_features, problem.in_features, problem.bits)
     step = vnni_lines.rows_at_a_time(problem.in_features)

@@ -27,7 +27,8 @@ PREFETCH = 8192
 UNROLLED = 4  # lines
 # A part of a weight that stays in a core's second cache while several tiles of rows meet it.
 CACHED = 384 << 10
-# Up to so many rows, a product is one stream for each thread: pieces that are taken in turn would cut it up.
+# Up to so many rows, each thread streams its own stretch of a weight: pieces that are taken in turn would cut it up. Of
+# each stretch a share is one piece; the rest is taken in turn, so many pieces a thread, lest one waits for the other.
 STREAMED_ROWS = 4
 STREAMED_SHARE, TAIL = 0.8, 4
 PIECES = 4  # for each thread otherwise, at least

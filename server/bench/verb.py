@@ -13,7 +13,7 @@ from pressd.server.bench import tables
 from pressd.server.bench.load import Run, Target, drive
 from pressd.server.bench.measures import summarize
 from pressd.server.bench.workload import Arrivals, Clients, Pace, Span, make_requests
-from pressd.server.settings import OPTIONS
+from pressd.server.settings import OPTIONS, code_cache
 
 if TYPE_CHECKING:
     from pressd.runtime.config import EngineConfig
@@ -196,7 +196,8 @@ def _engine_config(args: argparse.Namespace) -> "EngineConfig":
     from pressd.runtime.config import EngineConfig
 
     given = {name: getattr(args, name) for name in ENGINE}
-    return EngineConfig(**{name: value for name, value in given.items() if value is not None})
+    told = {name: value for name, value in given.items() if value is not None}
+    return EngineConfig(**told, code_cache=str(code_cache()))
 
 
 def _flag(name: str) -> str:

@@ -23,7 +23,7 @@ CROSSOVERS = {rows[INSTRUCTIONS] for rows in crossovers.FEW_ROWS.values() if INS
 ROWS = sorted({0, 1, 2, 3, 5, 16, 17, 29, *CROSSOVERS, *(rows + 1 for rows in CROSSOVERS)})
 # Odd, less than a block of rows of the packed product, and whole blocks with rows that remain.
 SHAPES = ((97, 160), (16, 64), (144, 256))
-GENERATED_SHAPES = ((16, 64), (497, 256), (144, 96))  # a block, one with missing outputs, no multiple of a large group
+GENERATED_SHAPES = ((16, 256), (497, 256), (144, 96))  # a block, one with missing outputs, no multiple of groups
 ONEDNN_SHAPES = ((1000, 1088), (1088, 1000))  # smaller ones are refused
 BITS = range(2, 9)
 GROUPS = (None, 32, 64, 128)

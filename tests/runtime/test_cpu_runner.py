@@ -98,7 +98,7 @@ def test_replayed_steps_give_the_same_tokens(artifact: Path, dtype: str, tempera
     assert run(replaying, temperature=temperature) == run(plain, temperature=temperature)
     recorded = replaying._runner._steps  # type: ignore[attr-defined]
     assert {1, 2, 3, 4} >= set(recorded) >= {1, 4}
-    assert not plain._runner._steps  # type: ignore[attr-defined]
+    assert set(plain._runner._steps) == {1}, "what the start has recorded"  # type: ignore[attr-defined]
     # Again, with what was recorded before for other sequences.
     assert run(replaying, temperature=temperature) == run(plain, temperature=temperature)
 

@@ -29,7 +29,11 @@ class Vectors:
 def machine_vectors() -> Vectors | None:
     """Return the widest vectors of this machine that kernels can be written for; None if it has no VNNI."""
     _initialise()
-    return vectors_of(llvm.get_host_cpu_name(), dict(llvm.get_host_cpu_features()))
+    try:
+        features = dict(llvm.get_host_cpu_features())
+    except RuntimeError:  # LLVM does not know how to ask this kind of processor
+        return None
+    return vectors_of(llvm.get_host_cpu_name(), features)
 
 
 def vectors_of(cpu: str, features: dict[str, bool]) -> Vectors | None:
