@@ -1,5 +1,6 @@
 """Memory of the computer that serves: in huge pages, and kept once it is there."""
 
+import contextlib
 import ctypes
 import mmap
 import sys
@@ -24,9 +25,11 @@ def huge_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     if num_bytes < HUGE_PAGE:
         return torch.empty(shape, dtype=dtype)
     # Huge pages lie where addresses are multiples of their size; what lies before and behind is never touched.
-    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE)
+    # Private: what is shared, which is Python's default, gets them by a setting of its own, mostly never.
+    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
     start = -buffer.data_ptr() % HUGE_PAGE
     return buffer[start : start + num_bytes].view(dtype).view(shape)
