@@ -271,6 +271,23 @@ class TestRecording:
 
         assert recording.record(body, arena).num_kernels == 6
 
+    def test_threads_record_one_after_the_other(self) -> None:
+        inputs = [torch.randn(rows, 128) for rows in (1, 2, 3, 4)]
+        replays: dict[int, recording.Replay] = {}
+
+        def work(number: int) -> None:
+            replays[number] = recording.record(lambda: self.body(inputs[number], steps=20), recording.Arena())
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(len(inputs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for number, x in enumerate(inputs):
+            replays[number].run()
+            assert replays[number].num_kernels == 40
+            assert all(map(torch.equal, replays[number].outputs, self.body(x, steps=20)))
+
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 10), st.integers(1, 300)), min_size=1, max_size=25))
 def test_memory_in_use_at_the_same_time_never_overlaps(spans: list[tuple[int, int, int]]) -> None:

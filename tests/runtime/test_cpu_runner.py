@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pressd.compress import compress
 from pressd.runtime.config import EngineConfig
@@ -46,13 +46,15 @@ def pressed(
     torch.manual_seed(0)
     made: Any
     if windowed:
-        config = Qwen2Config(
-            **SIZES, num_hidden_layers=layers, use_sliding_window=True, sliding_window=24, max_window_layers=1
+        config = Qwen3Config(
+            **SIZES,
+            head_dim=32,
+            num_hidden_layers=layers,
+            use_sliding_window=True,
+            sliding_window=24,
+            max_window_layers=1,
         )
-        made = Qwen2ForCausalLM(config)
-        for name, parameter in made.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.zeros_(parameter)
+        made = Qwen3ForCausalLM(config)
     else:
         made = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=layers))
     made.to(torch.bfloat16).save_pretrained(folder / "source")
@@ -109,6 +111,7 @@ def test_layers_with_windows_and_without(tmp_path: Path) -> None:
     plain._runner.why_not = "for comparison"  # type: ignore[attr-defined]
     assert run(replaying, new=60) == run(plain, new=60)
     assert len(replaying._runner.groups) == 2
+    assert replaying._runner._steps[4][1].num_kernels == PER_LAYER * LAYERS + AT_THE_END  # type: ignore[attr-defined]
 
 
 def test_a_dense_head_is_computed_outside(tmp_path: Path) -> None:

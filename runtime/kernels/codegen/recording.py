@@ -40,6 +40,7 @@ class Recording:
 
 
 _active: Recording | None = None
+_one_at_a_time = threading.Lock()  # of the threads of a program with several engines
 
 
 def note(entry: int, block: Any) -> None:
@@ -119,13 +120,13 @@ def record(body: Callable[[], list[torch.Tensor]], arena: Arena) -> Replay:
     """
     global _active
     recording = Recording(thread=threading.get_ident())
-    assert _active is None, "recordings do not nest"
-    _active = recording
-    try:
-        with _OnlyKernels():  # type: ignore[no-untyped-call]
-            outputs = body()
-    finally:
-        _active = None
+    with _one_at_a_time:
+        _active = recording
+        try:
+            with _OnlyKernels():  # type: ignore[no-untyped-call]
+                outputs = body()
+        finally:
+            _active = None
     return Replay(recording, outputs, arena)
 
 
