@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import mmap
 import sys
 
@@ -18,10 +19,7 @@ def huge_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
     A weight that is streamed crosses a page of 4 KiB every 64 lines, and waits each time for an address.
     """
-    count = 1
-    for size in shape:
-        count *= size
-    num_bytes = count * dtype.itemsize
+    num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < HUGE_PAGE:
         return torch.empty(shape, dtype=dtype)
     # Huge pages lie where addresses are multiples of their size; what lies before and behind is never touched.

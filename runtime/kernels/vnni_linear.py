@@ -7,7 +7,7 @@ import torch
 from pressd.runtime.kernels import vnni_lines, vnni_rows
 from pressd.runtime.kernels.codegen import pool
 from pressd.runtime.kernels.codegen.target import machine_vectors
-from pressd.runtime.kernels.registry import CodeType, Device, LinearProblem, QuantizedRows, Tensors
+from pressd.runtime.kernels.registry import CodeType, Device, LinearKernel, LinearProblem, QuantizedRows, Tensors
 from pressd.runtime.kernels.vnni_product import Shape, compile_product, multiply
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -77,6 +77,20 @@ def rows(ids: torch.Tensor, packed: Tensors, problem: LinearProblem) -> torch.Te
 
 def codes_wanted(problem: LinearProblem) -> CodeType:
     return vnni_rows.code_type(problem.group_size)
+
+
+def kernel(storage: str, pack: Callable[[Tensors, LinearProblem, Device], Tensors]) -> LinearKernel:
+    """Return the kernel of a storage format, which only `pack` knows."""
+    return LinearKernel(
+        name="cpu-vnni",
+        storage=storage,
+        why_not=why_not,
+        pack=pack,
+        run=run,
+        rows=rows,
+        codes=codes_wanted,
+        run_codes=run_codes,
+    )
 
 
 def shape_of(problem: LinearProblem, scale_dtype: torch.dtype) -> Shape:

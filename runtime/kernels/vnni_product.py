@@ -15,7 +15,7 @@ import torch
 from llvmlite import ir
 
 from pressd.runtime.kernels.codegen.lanes import Lanes
-from pressd.runtime.kernels.codegen.program import Arguments, Program, Region, compile_regions
+from pressd.runtime.kernels.codegen.program import Arguments, Program, Region, compile_region
 from pressd.runtime.kernels.codegen.recording import allocate
 from pressd.runtime.kernels.codegen.target import Vectors, machine_vectors
 from pressd.runtime.kernels.codegen.writer import F32, I32, I64, POINTER, Function, Slot, Value
@@ -87,12 +87,13 @@ def multiply(x: QuantizedRows, weight: torch.Tensor, scale: torch.Tensor, shape:
     output = allocate((num_rows, outputs), shape.dtype)
     if num_rows and outputs:
         assert x.sums is not None
-        program, vectors = _program(shape)
+        vectors = machine_vectors()
+        assert vectors is not None
         held, alone = most_rows(shape, vectors)
         tiles = 1 if num_rows <= alone else -(-num_rows // held)
         blocks = -(-outputs // BLOCK)
         large, per_large, per_piece = _pieces(shape, num_rows, tiles, blocks, torch.get_num_threads())
-        program.run(
+        _program(shape).run(
             large + -(-(blocks - large * per_large) // per_piece),
             weight.data_ptr(),
             scale.data_ptr(),
@@ -120,10 +121,8 @@ def _pieces(shape: Shape, num_rows: int, tiles: int, blocks: int, threads: int) 
 
 
 @functools.cache
-def _program(shape: Shape) -> tuple[Program, Vectors]:
-    vectors = machine_vectors()
-    assert vectors is not None
-    return compile_regions([region(shape, vectors)], vectors)["product"], vectors
+def _program(shape: Shape) -> Program:
+    return compile_region(lambda vectors: region(shape, vectors))
 
 
 def compile_product(shape: Shape) -> None:

@@ -11,9 +11,9 @@ import torch
 from llvmlite import ir
 
 from pressd.runtime.kernels.codegen.lanes import Lanes, width_for
-from pressd.runtime.kernels.codegen.program import Arguments, Program, Region, compile_regions
+from pressd.runtime.kernels.codegen.program import Arguments, Program, Region, compile_region
 from pressd.runtime.kernels.codegen.recording import allocate
-from pressd.runtime.kernels.codegen.target import Vectors, machine_vectors
+from pressd.runtime.kernels.codegen.target import Vectors
 from pressd.runtime.kernels.codegen.writer import F32, Function, Value
 from pressd.runtime.kernels.integer_codes import HALF_RANGE_8
 from pressd.runtime.kernels.registry import SUM_FACTOR, CodeType, QuantizedRows
@@ -133,9 +133,7 @@ def quantize_rows(x: torch.Tensor, group_size: int | None) -> QuantizedRows:
 
 @functools.cache
 def _program(width: int, group_size: int | None, dtype: torch.dtype) -> Program:
-    vectors = machine_vectors()
-    assert vectors is not None
-    return compile_regions([region(width, group_size, dtype, vectors)], vectors)["quantize"]
+    return compile_region(lambda vectors: region(width, group_size, dtype, vectors))
 
 
 def region(width: int, group_size: int | None, dtype: torch.dtype, vectors: Vectors) -> Region:

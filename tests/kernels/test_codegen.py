@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pressd.runtime.kernels import vnni_linear, vnni_lines, vnni_product, vnni_rows
 from pressd.runtime.kernels.codegen import object_cache, recording
-from pressd.runtime.kernels.codegen.program import optimise, write_regions
+from pressd.runtime.kernels.codegen.program import optimise, write_region
 from pressd.runtime.kernels.codegen.target import AVX2, AVX512, Vectors, machine_vectors, target_machine, vectors_of
 from pressd.runtime.kernels.norm import cpu as norm
 from pressd.runtime.kernels.registry import LinearProblem, describe_device
@@ -79,7 +79,7 @@ def test_nothing_is_written_beyond_the_output() -> None:
     lines, scale, _ = weight(form, 33)
     x = vnni_rows.quantize_rows(torch.randn(3, form.in_features), form.group_size)
     whole = torch.full((5, 33), 7.0)
-    program, _ = vnni_product._program(form)
+    program = vnni_product._program(form)
     assert x.sums is not None
     program.run(
         3, lines.data_ptr(), scale.data_ptr(), x.codes.data_ptr(), x.scale.data_ptr(), x.sums.data_ptr(),
@@ -105,7 +105,7 @@ def test_what_a_machine_has() -> None:
 def test_code_for_a_machine_with_256_bits_uses_its_instructions() -> None:
     small = vectors_of("alderlake", ALDER_LAKE)
     assert small is not None
-    module = optimise(write_regions([vnni_product.region(shape(), small)]), small)
+    module = optimise(write_region(vnni_product.region(shape(), small)), small)
     assembly = target_machine(small).emit_assembly(module)
     assert "{vex}\tvpdpbusd" in assembly or "{vex} vpdpbusd" in assembly
     assert "zmm" not in assembly
@@ -193,6 +193,16 @@ class TestCache:
         object_cache.keep("text", self.VECTORS, b"machine code")
         assert object_cache.look_up("text", self.VECTORS) is None
         object_cache.use(None)
+
+    def test_a_failed_write_leaves_nothing(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(path: Path, content: bytes) -> int:
+            with path.open("wb") as file:
+                file.write(content[:5])
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+        object_cache.keep("text", self.VECTORS, b"machine code")
+        assert list(cache.iterdir()) == []
 
     def test_kept_code_computes_the_same(self, cache: Path) -> None:
         form = shape(4, 160, 32)

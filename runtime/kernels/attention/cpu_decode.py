@@ -12,7 +12,7 @@ import torch
 from llvmlite import ir
 
 from pressd.runtime.kernels.codegen.lanes import STORED, Lanes
-from pressd.runtime.kernels.codegen.program import Arguments, Program, Region, compile_regions
+from pressd.runtime.kernels.codegen.program import Arguments, Program, Region, compile_region
 from pressd.runtime.kernels.codegen.target import Vectors, machine_vectors
 from pressd.runtime.kernels.codegen.writer import F32, I32, I64, Function, Slot, Value
 
@@ -79,9 +79,7 @@ def why_not_shape(shape: Shape) -> str | None:
 
 @functools.cache
 def _program(shape: Shape) -> Program:
-    vectors = machine_vectors()
-    assert vectors is not None
-    return compile_regions([region(shape, vectors)], vectors)["decode"]
+    return compile_region(lambda vectors: region(shape, vectors))
 
 
 def compile_decode(shape: Shape) -> None:

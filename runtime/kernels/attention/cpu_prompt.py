@@ -12,7 +12,7 @@ import torch
 from llvmlite import ir
 
 from pressd.runtime.kernels.codegen.lanes import Lanes
-from pressd.runtime.kernels.codegen.program import Arguments, Program, Region, compile_regions
+from pressd.runtime.kernels.codegen.program import Arguments, Program, Region, compile_region
 from pressd.runtime.kernels.codegen.target import Vectors, machine_vectors
 from pressd.runtime.kernels.codegen.writer import BF16, F32, I16, I32, I64, Function, Value
 
@@ -78,9 +78,7 @@ def why_not_shape(group: int, head_dim: int, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _program(shape: Shape) -> Program:
-    vectors = machine_vectors()
-    assert vectors is not None
-    return compile_regions([region(shape, vectors)], vectors)["prompt"]
+    return compile_region(lambda vectors: region(shape, vectors))
 
 
 def region(shape: Shape, vectors: Vectors) -> Region:

@@ -7,7 +7,7 @@ import torch
 from llvmlite import ir
 
 from pressd.runtime.kernels.codegen.target import Vectors
-from pressd.runtime.kernels.codegen.writer import BF16, F16, F32, I8, I16, I32, Function, Number, Value
+from pressd.runtime.kernels.codegen.writer import BF16, F16, F32, I8, I16, I32, Function, Value
 
 # Types that are loaded and stored as floats; in registers they are float32.
 STORED: dict[torch.dtype, ir.Type] = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
@@ -222,7 +222,3 @@ def width_for(vectors: Vectors, size: int) -> int:
     while size % width:
         width //= 2
     return width
-
-
-def scalar(value: Number) -> Value:
-    return ir.Constant(F32, value)

@@ -45,9 +45,11 @@ def keep(text: str, vectors: Vectors, image: bytes) -> None:
         _directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_ours(_directory):
             return
-        with tempfile.NamedTemporaryFile(dir=_directory, delete=False) as file:
-            file.write(hashlib.sha256(image).digest() + image)
-        Path(file.name).replace(_directory / _name(text, vectors))
+        # Half a file, on a full disk say, goes with its folder.
+        with tempfile.TemporaryDirectory(dir=_directory) as folder:
+            half = Path(folder, "half")
+            half.write_bytes(hashlib.sha256(image).digest() + image)
+            half.replace(_directory / _name(text, vectors))
     except OSError:
         return  # a full disk, or one that is read only: what was compiled is in memory all the same
 

@@ -5,7 +5,8 @@ next piece until none is left. Arguments are 64-bit integers in one block of mem
 """
 
 import ctypes
-from collections.abc import Callable, Iterable
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import llvmlite.binding as llvm
@@ -13,7 +14,7 @@ import torch
 from llvmlite import ir
 
 from pressd.runtime.kernels.codegen import object_cache, pool, recording
-from pressd.runtime.kernels.codegen.target import Vectors, target_machine
+from pressd.runtime.kernels.codegen.target import Vectors, machine_vectors, target_machine
 from pressd.runtime.kernels.codegen.writer import I32, I64, POINTER, VOID, Function, Value
 
 ENTRY = "run"
@@ -66,7 +67,7 @@ class Program:
 
 
 class Code:
-    """Machine code of some regions."""
+    """Machine code, which lives as long as this."""
 
     def __init__(self, image: bytes, vectors: Vectors) -> None:
         pool.publish()
@@ -80,25 +81,30 @@ class Code:
         return int(address)
 
 
-def compile_regions(regions: Iterable[Region], vectors: Vectors) -> dict[str, Program]:
-    """Return a program for each region, compiled now or earlier."""
-    regions = tuple(regions)
-    text = write_regions(regions)
+def compile_region(make: Callable[[Vectors], Region]) -> Program:
+    """Return a program for the region that `make` writes for this machine's vectors, compiled now or earlier."""
+    vectors = machine_vectors()
+    assert vectors is not None, "whoever asks has made sure that code can be generated here"
+    region = make(vectors)
+    text = write_region(region)
     image = object_cache.look_up(text, vectors)
     if image is None:
         image = compile_text(text, vectors)
         object_cache.keep(text, vectors, image)
-    code = Code(image, vectors)
-    return {region.name: Program(code, region) for region in regions}
+    return Program(Code(image, vectors), region)
 
 
-def write_regions(regions: Iterable[Region]) -> str:
-    """Return the IR of all regions."""
+def write_region(region: Region) -> str:
+    """Return the IR of a region."""
     module = ir.Module(name="pressd")
     module.triple = llvm.get_process_triple()
-    for region in regions:
-        _write_entry(module, region, _write_body(module, region))
+    _write_entry(module, region, _write_body(module, region))
     return str(module)
+
+
+def float_bits(value: float) -> int:
+    """Return a number as `Arguments.float` reads it."""
+    return int.from_bytes(struct.pack("<f", value), "little")
 
 
 def compile_text(text: str, vectors: Vectors) -> bytes:

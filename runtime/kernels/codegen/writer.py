@@ -148,11 +148,6 @@ class Function:
         with self.builder.if_else(condition) as branches:
             yield branches
 
-    def call(self, function: ir.Function, *arguments: Number) -> Value:
-        return self.builder.call(
-            function, [self.number(a, p.type) for a, p in zip(arguments, function.args, strict=True)]
-        )
-
     # Memory: an address is an i64, and offsets are in bytes.
 
     def at(self, address: Value, offset: Number = 0) -> Value:

@@ -6,9 +6,9 @@ import torch
 
 from pressd.runtime.kernels import vnni_rows
 from pressd.runtime.kernels.codegen.lanes import Lanes, width_for
-from pressd.runtime.kernels.codegen.program import Arguments, Program, Region, compile_regions
+from pressd.runtime.kernels.codegen.program import Arguments, Program, Region, compile_region
 from pressd.runtime.kernels.codegen.recording import allocate
-from pressd.runtime.kernels.codegen.target import Vectors, machine_vectors
+from pressd.runtime.kernels.codegen.target import Vectors
 from pressd.runtime.kernels.codegen.writer import Function, Value
 from pressd.runtime.kernels.registry import CodeType, Rows
 
@@ -30,9 +30,7 @@ def silu_mul(gate_up: torch.Tensor, quantize: CodeType | None = None) -> Rows:
 
 @functools.cache
 def _program(width: int, dtype: torch.dtype, quantize: CodeType | None) -> Program:
-    vectors = machine_vectors()
-    assert vectors is not None
-    return compile_regions([region(width, dtype, quantize, vectors)], vectors)["silu_mul"]
+    return compile_region(lambda vectors: region(width, dtype, quantize, vectors))
 
 
 def region(width: int, dtype: torch.dtype, quantize: CodeType | None, vectors: Vectors) -> Region:

@@ -1,16 +1,15 @@
 """Residual, root-mean-square norm and rounding to codes in one pass over a row, generated for the machine."""
 
 import functools
-import struct
 
 import torch
 from llvmlite import ir
 
 from pressd.runtime.kernels import vnni_rows
 from pressd.runtime.kernels.codegen.lanes import Lanes, width_for
-from pressd.runtime.kernels.codegen.program import Arguments, Program, Region, compile_regions
+from pressd.runtime.kernels.codegen.program import Arguments, Program, Region, compile_region, float_bits
 from pressd.runtime.kernels.codegen.recording import allocate
-from pressd.runtime.kernels.codegen.target import Vectors, machine_vectors
+from pressd.runtime.kernels.codegen.target import Vectors
 from pressd.runtime.kernels.codegen.writer import F32, Function, Value
 from pressd.runtime.kernels.registry import CodeType, Rows
 
@@ -30,7 +29,7 @@ def add_norm(
     if num_rows:
         outputs = (y.data_ptr(), 0, 0) if isinstance(y, torch.Tensor) else vnni_rows.addresses(y)
         added = 0 if delta is None else delta.contiguous().data_ptr()
-        bits = int.from_bytes(struct.pack("<f", epsilon), "little")
+        bits = float_bits(epsilon)
         program = _program(width, x.dtype, delta is not None, quantize)
         program.run(num_rows, x.data_ptr(), added, gain.data_ptr(), bits, total.data_ptr(), *outputs)
     return total, y
@@ -38,9 +37,7 @@ def add_norm(
 
 @functools.cache
 def _program(width: int, dtype: torch.dtype, adds: bool, quantize: CodeType | None) -> Program:
-    vectors = machine_vectors()
-    assert vectors is not None
-    return compile_regions([region(width, dtype, adds, quantize, vectors)], vectors)["add_norm"]
+    return compile_region(lambda vectors: region(width, dtype, adds, quantize, vectors))
 
 
 def region(width: int, dtype: torch.dtype, adds: bool, quantize: CodeType | None, vectors: Vectors) -> Region:
@@ -61,9 +58,7 @@ def region(width: int, dtype: torch.dtype, adds: bool, quantize: CodeType | None
                 lanes.store(lanes.add(value, lanes.load(f.at(delta, offset), dtype)), place, dtype)
                 value = lanes.load(place, dtype)
             squares.set(lanes.fma(value, value, squares.get()))
-        mean = f.builder.fdiv(lanes.sum(squares.get()), ir.Constant(F32, float(width)))
-        root = f.intrinsic("llvm.sqrt.f32", F32, f.builder.fadd(mean, arguments.float("epsilon")))
-        scale = lanes.splat(f.builder.fdiv(ir.Constant(F32, 1.0), root))
+        scale = inverse_length(f, lanes, arguments, squares.get(), width)
 
         def values(column: Value) -> Value:
             offset = f.mul(column, size)
@@ -78,3 +73,10 @@ def region(width: int, dtype: torch.dtype, adds: bool, quantize: CodeType | None
             lanes.store(values(column), f.at(y, f.mul(column, size)), dtype)
 
     return Region("add_norm", ("x", "delta", "gain", "epsilon", "total", *vnni_rows.OUTPUTS), write)
+
+
+def inverse_length(f: Function, lanes: Lanes, arguments: Arguments, squares: Value, width: int) -> Value:
+    """Write 1 / sqrt(mean + "epsilon") of the squares of `width` values, summed up by lane; return it in every lane."""
+    mean = f.builder.fdiv(lanes.sum(squares), ir.Constant(F32, float(width)))
+    root = f.intrinsic("llvm.sqrt.f32", F32, f.builder.fadd(mean, arguments.float("epsilon")))
+    return lanes.splat(f.builder.fdiv(ir.Constant(F32, 1.0), root))

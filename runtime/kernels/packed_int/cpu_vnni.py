@@ -4,7 +4,7 @@ import torch
 
 from pressd.runtime.kernels import vnni_linear
 from pressd.runtime.kernels.packed_int import format as disk
-from pressd.runtime.kernels.registry import Device, LinearKernel, LinearProblem, Tensors
+from pressd.runtime.kernels.registry import Device, LinearProblem, Tensors
 
 
 def pack(tensors: Tensors, problem: LinearProblem, device: Device) -> Tensors:
@@ -16,13 +16,4 @@ def pack(tensors: Tensors, problem: LinearProblem, device: Device) -> Tensors:
     return vnni_linear.pack(codes, tensors["weight_scale"], problem)
 
 
-KERNEL = LinearKernel(
-    name="cpu-vnni",
-    storage=disk.NAME,
-    why_not=vnni_linear.why_not,
-    pack=pack,
-    run=vnni_linear.run,
-    rows=vnni_linear.rows,
-    codes=vnni_linear.codes_wanted,
-    run_codes=vnni_linear.run_codes,
-)
+KERNEL = vnni_linear.kernel(disk.NAME, pack)

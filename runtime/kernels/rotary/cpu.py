@@ -1,16 +1,16 @@
 """Norms of heads, rotation and the write to the pool in one pass over a row, generated for the machine."""
 
 import functools
-import struct
 
 import torch
 from llvmlite import ir
 
 from pressd.runtime.kernels.codegen.lanes import Lanes, width_for
-from pressd.runtime.kernels.codegen.program import Arguments, Program, Region, compile_regions
+from pressd.runtime.kernels.codegen.program import Arguments, Program, Region, compile_region, float_bits
 from pressd.runtime.kernels.codegen.recording import allocate
-from pressd.runtime.kernels.codegen.target import Vectors, machine_vectors
-from pressd.runtime.kernels.codegen.writer import F32, I64, Function, Value
+from pressd.runtime.kernels.codegen.target import Vectors
+from pressd.runtime.kernels.codegen.writer import I64, Function, Value
+from pressd.runtime.kernels.norm.cpu import inverse_length
 
 ARGUMENTS = ("qkv", "positions", "cos", "sin", "gain", "epsilon", "query", "keys", "values", "slots")
 
@@ -42,7 +42,7 @@ def rotate_and_write(
             cos.data_ptr(),
             sin.data_ptr(),
             0 if norm_gain is None else norm_gain.data_ptr(),
-            int.from_bytes(struct.pack("<f", epsilon), "little"),
+            float_bits(epsilon),
             query.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
@@ -53,9 +53,7 @@ def rotate_and_write(
 
 @functools.cache
 def _program(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, norms: bool) -> Program:
-    vectors = machine_vectors()
-    assert vectors is not None
-    return compile_regions([region(num_heads, num_kv_heads, head_dim, dtype, norms, vectors)], vectors)["rotate"]
+    return compile_region(lambda vectors: region(num_heads, num_kv_heads, head_dim, dtype, norms, vectors))
 
 
 def region(
@@ -110,9 +108,7 @@ def region(
             with f.loop(0, head_dim, lanes.width) as column:
                 value = lanes.load(f.at(place, f.mul(column, size)), dtype)
                 squares.set(lanes.fma(value, value, squares.get()))
-            mean = f.builder.fdiv(lanes.sum(squares.get()), ir.Constant(F32, float(head_dim)))
-            root = f.intrinsic("llvm.sqrt.f32", F32, f.builder.fadd(mean, arguments.float("epsilon")))
-            scale = lanes.splat(f.builder.fdiv(ir.Constant(F32, 1.0), root))
+            scale = inverse_length(f, lanes, arguments, squares.get(), head_dim)
         with f.loop(0, half, lanes.width) as column:
             parts = []
             for start in (0, half):
