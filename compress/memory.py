@@ -5,7 +5,8 @@ type, k = min(out, in), s bytes stored. What each step of press_linear and decod
 source not counted:
 
     cast       i n, held throughout, where the source has another precision
-    packed     2 n + scales, pieces being joined; for packed_int 5 n, codes made unsigned in 16 bits
+    packed     2 n + scales, pieces being joined; for packed_int 5 n, codes made unsigned in 16 bits; zero points, of a
+               byte each until they are packed, count as scales
     masked     (8 + 2 i) n, magnitudes sorted in fours with their positions in int64
     chain      w (2 n + k (out + in) + 4 k^2), an SVD: its input, a copy, U and V, LAPACK's workspace
     sum        the base as stored, and the SVD of what it lost
@@ -131,7 +132,7 @@ def _size(spec: LinearSpec) -> int:
 
 def _scales(spec: Packed, dtype: torch.dtype) -> int:
     kind, shape = spec.layout(dtype)["weight_scale"]
-    return math.prod(shape) * kind.itemsize
+    return math.prod(shape) * (kind.itemsize + (0 if spec.symmetric else 1))
 
 
 def _codes_apart(spec: Packed) -> int:

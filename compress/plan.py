@@ -151,5 +151,5 @@ def _plan_group(group: FusedGroup, decisions: dict[str, Rule], default: str, dty
         try:
             specs[member.prefix] = parse_scheme(name).spec(member.shape)
         except ValueError as error:
-            raise ValueError(f"recipe: {group.name}: {error}; choose a smaller group or no group") from None
+            raise ValueError(f"recipe: {group.name}: {error}; choose a smaller group, none or another scheme") from None
     return GroupPlan(group=group, scheme=name, specs=specs)

@@ -44,13 +44,19 @@ def needs_own_format(plan: Plan) -> bool:
     """Whether other tools have no words for something in the plan.
 
     Low rank, masks and sums. And pressed embeddings: compressed-tensors 0.20 can describe one, but transformers 5.24
-    fails at the first forward, and initialises a tied head at random.
+    fails at the first forward, and initialises a tied head at random. And zero points beside another scheme: it reads
+    them only with `dequantize=True`, which decodes everything by the first scheme it finds.
     """
+    pressed = [group for group in plan.groups() if group.is_pressed]
+    if _has_zero_points(pressed) and len({group.scheme for group in pressed}) > 1:
+        return True
     return any(
-        group.is_pressed and (group.group.name == EMBED or not isinstance(spec, Packed))
-        for group in plan.groups()
-        for spec in group.specs.values()
+        group.group.name == EMBED or not isinstance(spec, Packed) for group in pressed for spec in group.specs.values()
     )
+
+
+def _has_zero_points(groups: Iterable[GroupPlan]) -> bool:
+    return any(not leaf.symmetric for group in groups for spec in group.specs.values() for _, leaf in spec.leaves())
 
 
 def readers(plan: Plan) -> dict[str, str]:
@@ -61,7 +67,9 @@ def readers(plan: Plan) -> dict[str, str]:
             "transformers": "refuses; convert it to dense",
             "vllm": "refuses; convert it to dense",
         }
-    return {"pressd": "native", "transformers": "native", "vllm": "layout-checked"}
+    # Left to decompress at the first forward, transformers 5.24 asks for zero points in another shape.
+    transformers = "with CompressedTensorsConfig(dequantize=True)" if _has_zero_points(plan.groups()) else "native"
+    return {"pressd": "native", "transformers": transformers, "vllm": "layout-checked"}
 
 
 def requirements(plan: Plan) -> dict[str, str]:
@@ -108,21 +116,25 @@ def _config_group(groups: list[GroupPlan], targets: list[str]) -> dict[str, obje
 
 
 def _weights(spec: Packed) -> dict[str, object]:
+    strategy = "channel" if spec.group_size is None else "group"
+    block: dict[str, object] = {"strategy": "block", "block_structure": [spec.block_size, spec.block_size]}
     return {
         "num_bits": spec.bits,
         "type": _kind(spec),
-        "symmetric": True,
-        "strategy": "channel" if spec.group_size is None else "group",
+        "symmetric": spec.symmetric,
+        "strategy": strategy,
         "group_size": spec.group_size,
         "dynamic": False,
-    }
+    } | ({} if spec.block_size is None else block)
 
 
 def _activations(spec: Packed) -> dict[str, object]:
-    grouping: dict[str, object] = (
-        {"strategy": "token"} if spec.group_size is None else {"strategy": "group", "group_size": spec.group_size}
-    )
-    return {"num_bits": 8, "type": _kind(spec), "symmetric": True, "dynamic": True} | grouping
+    columns = spec.group_size or spec.block_size
+    grouping: dict[str, object] = {"strategy": "token" if columns is None else "group"}
+    grouping |= {} if columns is None else {"group_size": columns}
+    if spec.static_activations:
+        grouping = {"strategy": "tensor"}
+    return {"num_bits": 8, "type": _kind(spec), "symmetric": True, "dynamic": not spec.static_activations} | grouping
 
 
 def _kind(spec: Packed) -> str:

@@ -58,7 +58,7 @@ def _seconds_per_work(group: GroupPlan, source: torch.dtype, dtype: torch.dtype,
 def _press(original: torch.Tensor, dtype: torch.dtype, spec: LinearSpec) -> None:
     weight = original.to(dtype)
     weight.aminmax()  # where pressing looks for NaN and infinity
-    press_linear(original, weight, spec)
+    press_linear(original, weight, spec, input_scale=torch.ones(1, dtype=dtype))
 
 
 def _seconds(do: Callable[[], object], clock: Callable[[], float]) -> float:

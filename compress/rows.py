@@ -8,9 +8,12 @@ from torch import Tensor
 PIECE_NUMBERS = 1 << 20
 
 
-def row_slices(weight: Tensor) -> Iterator[slice]:
-    """Yield slices that together are all rows of `weight` [rows, columns], each of about a million numbers."""
-    step = max(1, PIECE_NUMBERS // weight.size(1))
+def row_slices(weight: Tensor, *, multiple: int = 1) -> Iterator[slice]:
+    """Yield slices that together are all rows of `weight` [rows, columns], each of about a million numbers.
+
+    All but the last have a multiple of `multiple` rows.
+    """
+    step = max(1, PIECE_NUMBERS // weight.size(1) // multiple) * multiple
     for start in range(0, weight.size(0), step):
         yield slice(start, start + step)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pressd.runtime.artifact.errors import ArtifactError
 from pressd.runtime.artifact.families import EMBED, EMBED_PREFIX, ModelMap
 from pressd.runtime.artifact.own_config import MODEL_TYPE
-from pressd.runtime.artifact.schemes import FLOATS, GROUP_SIZES, Scheme, parse_scheme
+from pressd.runtime.artifact.schemes import BLOCK_SIZE, GROUP_SIZES, Scheme, parse_scheme
 
 FORMATS = {"packed_int": "pack-quantized", "int8": "int-quantized", "fp8": "float-quantized"}
 # What compressed-tensors calls 8-bit floats that meet activations in 16 bits; they are stored in the same way.
@@ -20,7 +20,7 @@ _MAX_PATTERN = 4096
 _NAME_CHARACTERS = 64
 _MAX_WORK = 1e6
 _MAX_WORK_IN_ALL = 2e9  # some tens of seconds at worst; real files stay far below
-# Keys of compressed-tensors that change nothing about how a finished symmetric checkpoint is decoded.
+# Keys of compressed-tensors that change nothing about how a finished checkpoint is decoded.
 _INERT = {"observer", "observer_kwargs", "scale_dtype", "zp_dtype"}
 # Orders of quantisation after which the columns are in their natural order again.
 _NATURAL_ORDER = (None, "weight", "static")
@@ -109,34 +109,22 @@ def check_group(group: str, scheme: Scheme) -> None:
 
 def _scheme(group: dict[str, object], outer_format: object, at: str) -> Scheme:
     weights = _object(group.get("weights"), f"{at}.weights")
-    bits, size = weights.get("num_bits"), weights.get("group_size")
+    bits, kind = weights.get("num_bits"), weights.get("type", "int")
     if type(bits) is not int:
         raise ArtifactError(f"{at}.weights: num_bits is {bits!r}; it must be an integer")
-    strategy = weights.get("strategy")
-    inputs = group.get("input_activations")
-    kind = weights.get("type", "int")
     if not _is_plain(weights) or group.get("output_activations"):
-        raise ArtifactError(f"{at}: only symmetric static weights without outputs' quantisation are supported")
-    if strategy == "group" and size in GROUP_SIZES:
-        grouping = f"g{size}"
-    elif strategy == "channel" and size in (None, -1):
-        grouping = ""
-    else:
-        raise ArtifactError(f"{at}: strategy {strategy!r} with group_size {size!r} is not supported")
-    if inputs is not None and not _is_dynamic_8(
-        _object(inputs, f"{at}.input_activations"), kind, size if grouping else None
-    ):
-        raise ArtifactError(
-            f"{at}: quantised activations are supported as 8 bits of the weights' type, dynamic, per token or in the "
-            "weights' groups only"
-        )
-    activation_bits = 16 if inputs is None else 8
+        raise ArtifactError(f"{at}: only static weights in natural order without outputs' quantisation are supported")
+    grouping = _grouping(weights, at)
+    inputs = group.get("input_activations")
+    activations = None if inputs is None else _activations(_object(inputs, f"{at}.input_activations"), weights, at)
     if kind == "float":
-        if bits != 8 or grouping:
-            raise ArtifactError(f"{at}: floats are supported with 8 bits and one scale per channel only")
-        name = next(name for name, own in FLOATS.items() if own == activation_bits)
+        if bits != 8 or grouping or not weights.get("symmetric", True):
+            raise ArtifactError(f"{at}: floats are supported with 8 bits and one scale per channel or block only")
+        name = _float_name(weights, activations, at)
     else:
-        name = f"w{bits}a{activation_bits}{grouping}"
+        name = f"w{bits}a{16 if activations is None else 8}{grouping}"
+        name += "" if weights.get("symmetric", True) else "-asym"
+        name += "-static" if activations == "static" else ""
     try:
         scheme = parse_scheme(name)
     except ValueError as error:
@@ -148,23 +136,60 @@ def _scheme(group: dict[str, object], outer_format: object, at: str) -> Scheme:
 
 
 def _is_plain(args: dict[str, object]) -> bool:
-    plain = {"symmetric": True, "dynamic": False}
-    named = {"type", "num_bits", "strategy", "group_size", "actorder"} | _INERT
-    return (
-        all(args.get(key, plain[key]) == plain[key] for key in plain)
-        and args.get("type", "int") in ("int", "float")
-        and args.get("actorder") in _NATURAL_ORDER
-        and all(value is None for key, value in args.items() if key not in plain and key not in named)
+    plain = {"symmetric": (True, False), "dynamic": (False,), "type": ("int", "float"), "actorder": _NATURAL_ORDER}
+    named = {"num_bits", "strategy", "group_size", "block_structure"} | _INERT
+    return all(key not in args or _is_among(args[key], known) for key, known in plain.items()) and all(
+        value is None for key, value in args.items() if key not in plain and key not in named
     )
 
 
-def _is_dynamic_8(args: dict[str, object], kind: object, group_size: object) -> bool:
-    """Whether activations are rounded as kernels do it: by their maximum per token and, if any, weights' group."""
-    wanted: dict[str, object] = {"num_bits": 8, "type": kind, "symmetric": True, "dynamic": True}
-    wanted |= {"strategy": "token"} if group_size is None else {"strategy": "group", "group_size": group_size}
-    return all(args.get(key) == value for key, value in wanted.items()) and all(
-        value is None for key, value in args.items() if key not in wanted and key not in _INERT
+def _grouping(weights: dict[str, object], at: str) -> str:
+    """Return what the scheme's name says of groups; blocks are in the names of floats."""
+    strategy, size, block = (weights.get(key) for key in ("strategy", "group_size", "block_structure"))
+    if strategy == "group" and size in GROUP_SIZES and block is None:
+        return f"g{size}"
+    if strategy == "channel" and size in (None, -1) and block is None:
+        return ""
+    if strategy == "block" and block == [BLOCK_SIZE, BLOCK_SIZE] and size is None and weights.get("type") == "float":
+        return ""
+    found = f"group_size {size!r}" if block is None else f"block_structure {block!r}"
+    raise ArtifactError(f"{at}: strategy {strategy!r} with {found} is not supported")
+
+
+def _activations(args: dict[str, object], weights: dict[str, object], at: str) -> str:
+    """Return "dynamic" or "static" for activations that are rounded as kernels do it, or refuse them.
+
+    That is by their maximum per token, and per columns of the weights' group or block, or by one scale that is stored.
+    """
+    columns = weights.get("group_size") if weights.get("strategy") == "group" else None
+    columns = BLOCK_SIZE if weights.get("strategy") == "block" else columns
+    dynamic: dict[str, object] = {"dynamic": True, "strategy": "token" if columns is None else "group"}
+    dynamic |= {} if columns is None else {"group_size": columns}
+    static: dict[str, object] = {"dynamic": False, "strategy": "tensor"}
+    common = {"num_bits": 8, "type": weights.get("type", "int"), "symmetric": True}
+    for name, wanted in (("dynamic", common | dynamic), ("static", common | static)):
+        if all(_is_among(args.get(key), (value,)) for key, value in wanted.items()) and all(
+            value is None for key, value in args.items() if key not in wanted and key not in _INERT
+        ):
+            return name
+    raise ArtifactError(
+        f"{at}: quantised activations are supported as 8 bits of the weights' type, dynamic per token and in the "
+        "weights' groups or blocks, or static per tensor, only"
     )
+
+
+def _float_name(weights: dict[str, object], activations: str | None, at: str) -> str:
+    """Return the name of 8-bit floats that meet these activations."""
+    is_block = weights.get("strategy") == "block"
+    names = {None: "fp8a16", "dynamic": "fp8", "static": "fp8-static"}
+    if is_block and activations != "dynamic":
+        raise ArtifactError(f"{at}: weights in blocks are supported with dynamic activations only")
+    return "fp8-block" if is_block else names[activations]
+
+
+def _is_among(value: object, known: tuple[object, ...]) -> bool:
+    """Whether a value is one of these, where true and false are no numbers."""
+    return any(type(value) is type(one) and value == one for one in known)
 
 
 def _targets(value: object, at: str) -> tuple[str, ...]:

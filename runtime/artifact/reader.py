@@ -20,6 +20,7 @@ from pressd.runtime.artifact.manifest import Manifest, digest_file, read_manifes
 from pressd.runtime.artifact.own_config import restore
 from pressd.runtime.artifact.quantization import read_quantization
 from pressd.runtime.artifact.specs import LinearSpec
+from pressd.runtime.kernels.integer_codes import INPUT_SCALE
 from pressd.runtime.kernels.mask import format as mask
 
 __all__ = ["ArtifactError", "Checkpoint", "LinearSpec"]
@@ -134,7 +135,8 @@ class Checkpoint:
     def linear_tensors(self, prefix: str) -> dict[str, Tensor]:
         """Return the stored tensors of the weight at `prefix` by suffix.
 
-        Raises ArtifactError if a scale is not finite or a mask does not keep two of every four.
+        Raises ArtifactError if a scale is not finite, one of activations not positive, or a mask does not keep two of
+        every four.
         """
         prefix = self._untied(prefix)
         spec = self._specs[prefix]
@@ -144,6 +146,8 @@ class Checkpoint:
             file = self._shards.file_of[where]
             if suffix.endswith("weight_scale") and not bool(torch.isfinite(tensor).all()):
                 raise ArtifactError(f"{file}: {where} holds NaN or infinity; press the source again")
+            if suffix.endswith(INPUT_SCALE) and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
+                raise ArtifactError(f"{file}: {where} is {tensor.item()}, not a scale; press the source again")
             if suffix.endswith("mask") and not mask.is_two_of_four(tensor, spec.in_features):
                 raise ArtifactError(f"{file}: {where} does not keep two of every four; press the source again")
         return tensors

@@ -1,9 +1,12 @@
 """What a scheme's name means.
 
-    [sparse24:|lowrank{r}:] (bf16 | fp16 | fp8 | fp8a16 | w8a8 | w{2..8}a{16|8}[g{32|64|128}]) [+residual{r}]
+    [sparse24:|lowrank{r}:] (bf16 | fp16 | fp8 | fp8a16 | w8a8 | w{2..8}a{16|8}[g{32|64|128}] | fp8-block
+                            | fp8-static | w8a8-static | w{2..8}a16[g{32|64|128}]-asym) [+residual{r}]
 
-A8 is int8 activations, symmetric, dynamic: per token, and per group where the weight has groups. `fp8` has weights
-(with a scale per row) and activations (per token) as e4m3 floats, `fp8a16` weights alone. `sparse24` keeps two
+A8 is int8 activations, symmetric, dynamic: per token, and per group where the weight has groups. `-asym` weights have a
+zero point beside each scale. `fp8` has weights (with a scale per row) and activations (per token) as e4m3 floats,
+`fp8a16` weights alone; `fp8-block` has a scale per 128 x 128 weights, and per token and 128 columns. The activations of
+`-static` have one scale per tensor, which calibration finds. `sparse24` keeps two
 of every four weights, `lowrank` stores two thin factors in the scheme that follows, `+residual` adds dense factors of
 rank r that correct what the rest lost.
 """
@@ -21,17 +24,22 @@ from pressd.runtime.kernels.int8 import format as int8
 from pressd.runtime.kernels.packed_int import format as packed_int
 
 CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-FLOATS = {"fp8": 8, "fp8a16": 16}  # and the bits of their activations
+FLOATS = {"fp8": 8, "fp8a16": 16, "fp8-block": 8, "fp8-static": 8}  # and the bits of their activations
 GROUP_SIZES = (32, 64, 128)
+BLOCK_SIZE = 128
 _GROUP = f"[g{'|g'.join(map(str, GROUP_SIZES))}]"
-_PLAIN = f"bf16, fp16, fp8, fp8a16, w8a8, w{{2..8}}a{{16|8}}{_GROUP}"
+_PLAIN = (
+    f"bf16, fp16, fp8, fp8a16, w8a8, w{{2..8}}a{{16|8}}{_GROUP}, w{{2..8}}a16{_GROUP}-asym, "
+    "fp8-block, fp8-static, w8a8-static"
+)
 KNOWN = f"{_PLAIN}, sparse24:SCHEME, lowrank{{r}}:SCHEME, SCHEME+residual{{r}}"
 _RANK = r"[1-9]\d{0,4}"
 _NAME = re.compile(
-    rf"(?:(?P<sparse>sparse24):|lowrank(?P<rank>{_RANK}):)?(?P<weights>[a-z0-9]+)(?:\+residual(?P<residual>{_RANK}))?",
+    rf"(?:(?P<sparse>sparse24):|lowrank(?P<rank>{_RANK}):)?"
+    rf"(?P<weights>[a-z0-9]+(?:-[a-z]+)?)(?:\+residual(?P<residual>{_RANK}))?",
     re.ASCII,
 )
-_INTEGERS = re.compile(r"w([2-8])a(16|8)(?:g([1-9]\d{0,3}))?", re.ASCII)
+_INTEGERS = re.compile(r"w([2-8])a(16|8)(?:g([1-9]\d{0,3}))?(-asym|-static)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +52,8 @@ class Scheme:
     group_size: int | None
     activation_bits: int
     symmetric: bool = True
+    block_size: int | None = None
+    static_activations: bool = False
     sparse24: bool = False
     rank: int | None = None
     residual_rank: int | None = None
@@ -99,6 +109,10 @@ class Scheme:
         if self.group_size is not None and in_features % self.group_size:
             what = "in_features" if self.is_plain else "stored columns"
             raise ValueError(f"{self.name}: {what} {in_features} is not a multiple of group size {self.group_size}")
+        if self.block_size is not None and in_features % self.block_size:
+            raise ValueError(
+                f"{self.name}: in_features {in_features} is not a multiple of {self.block_size}, the columns of a block"
+            )
         return Packed(
             storage=self.storage,
             bits=self.bits,
@@ -106,6 +120,9 @@ class Scheme:
             activation_bits=self.activation_bits,
             out_features=out_features,
             in_features=in_features,
+            symmetric=self.symmetric,
+            block_size=self.block_size,
+            static_activations=self.static_activations,
         )
 
 
@@ -113,6 +130,7 @@ def parse_scheme(text: str) -> Scheme:
     """Return the scheme that `text` names; raises ValueError saying which names are known."""
     words = _words(text)
     weights = words["weights"] or ""
+    suffix = weights.partition("-")[2]
     sparse24 = words["sparse"] is not None
     rank, residual_rank = (None if words[name] is None else int(words[name] or 0) for name in ("rank", "residual"))
     integers = _INTEGERS.fullmatch(weights)
@@ -129,20 +147,36 @@ def parse_scheme(text: str) -> Scheme:
         storage = int8.NAME if is_int8 else packed_int.NAME
     else:
         raise ValueError(f"scheme {text!r} is not known; choose one of {KNOWN}")
-    if sparse24 and activation_bits != 16:
-        raise ValueError(f"scheme {text!r}: sparse24 weights meet 16-bit activations only; write a16")
-    if sparse24 and storage == fp8.NAME:
-        raise ValueError(f"scheme {text!r}: sparse24 keeps dense weights or integers; write w8a16")
-    return Scheme(
+    scheme = Scheme(
         name=text,
         storage=storage,
         bits=bits,
         group_size=group_size,
         activation_bits=activation_bits,
+        symmetric=suffix != "asym",
+        block_size=BLOCK_SIZE if suffix == "block" else None,
+        static_activations=suffix == "static",
         sparse24=sparse24,
         rank=rank,
         residual_rank=residual_rank,
     )
+    _check(scheme)
+    return scheme
+
+
+def _check(scheme: Scheme) -> None:
+    """Refuse words that do not go together."""
+    at = f"scheme {scheme.name!r}"
+    if scheme.sparse24 and scheme.activation_bits != 16:
+        raise ValueError(f"{at}: sparse24 weights meet 16-bit activations only; write a16")
+    if scheme.sparse24 and scheme.storage == fp8.NAME:
+        raise ValueError(f"{at}: sparse24 keeps dense weights or integers; write w8a16")
+    if not scheme.symmetric and scheme.activation_bits != 16:
+        raise ValueError(f"{at}: zero points meet 16-bit activations only; write a16, or leave out -asym")
+    if scheme.static_activations and scheme.storage not in (int8.NAME, fp8.NAME):
+        raise ValueError(f"{at}: activations of one scale meet 8-bit weights of one per row; write w8a8-static")
+    if scheme.static_activations and scheme.rank is not None:
+        raise ValueError(f"{at}: each factor would need a scale of its own; leave out lowrank or -static")
 
 
 def _words(text: str) -> dict[str, str | None]:

@@ -10,7 +10,7 @@ scheme's name and the weight's shape, so that a reader knows them before it open
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -23,10 +23,6 @@ from pressd.runtime.kernels.mask import format as mask
 from pressd.runtime.kernels.packed_int import format as packed_int
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
-LAYOUTS: dict[str, Callable[[int, int, int, int | None, torch.dtype], Layout]] = {
-    module.NAME: module.layout for module in (dense, fp8, int8, packed_int)
-}
 
 
 class _Node:
@@ -68,7 +64,12 @@ class _Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed(_Node):
-    """One stored weight; group_size None is one scale per row (or no scale: dense)."""
+    """One stored weight; group_size None is one scale per row (or no scale: dense).
+
+    What is not `symmetric` has zero points beside its scales. With a `block_size` there is one scale for each square of
+    so many rows and columns, and activations have one for so many columns. With `static_activations` these have one
+    that is stored.
+    """
 
     storage: str
     bits: int
@@ -76,6 +77,9 @@ class Packed(_Node):
     activation_bits: int
     out_features: int
     in_features: int
+    symmetric: bool = True
+    block_size: int | None = None
+    static_activations: bool = False
 
     @classmethod
     def dense(cls, shape: tuple[int, int], dtype: torch.dtype) -> "Packed":
@@ -90,7 +94,17 @@ class Packed(_Node):
         )
 
     def own_layout(self, dtype: torch.dtype) -> Layout:
-        return LAYOUTS[self.storage](self.out_features, self.in_features, self.bits, self.group_size, dtype)
+        sizes = self.out_features, self.in_features, self.bits, self.group_size, dtype
+        static = self.static_activations
+        match self.storage:
+            case packed_int.NAME:
+                return packed_int.layout(*sizes, symmetric=self.symmetric)
+            case fp8.NAME:
+                return fp8.layout(*sizes, block_size=self.block_size, static_activations=static)
+            case int8.NAME:
+                return int8.layout(*sizes, static_activations=static)
+        assert self.storage == dense.NAME
+        return dense.layout(*sizes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ def by_row(dtype: torch.dtype) -> Callable[[LinearProblem], CodeType | None]:
     """Return `LinearKernel.codes` of kernels that take one scale for each row, as schemes without groups have it."""
 
     def codes(problem: LinearProblem) -> CodeType | None:
-        is_by_row = problem.activation_bits == 8 and problem.group_size is None
+        is_by_row = problem.activation_bits == 8 and problem.group_size is None and not problem.static_activations
         return CodeType(dtype=dtype) if is_by_row else None
 
     return codes

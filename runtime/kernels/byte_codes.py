@@ -3,8 +3,13 @@
 import torch
 
 from pressd.runtime.kernels.crossovers import few_rows
-from pressd.runtime.kernels.integer_codes import dequantize, quantize_activations
-from pressd.runtime.kernels.registry import Device, LinearProblem, Tensors, describe_device
+from pressd.runtime.kernels.integer_codes import (
+    INPUT_SCALE,
+    dequantize,
+    quantize_activations,
+    quantize_activations_by,
+)
+from pressd.runtime.kernels.registry import Device, LinearProblem, Tensors, describe_device, why_not_special
 from pressd.runtime.kernels.widened import matmul_rows, tile_dtype
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -15,6 +20,8 @@ MAX_INT32_COLUMNS = (2**31 - 1) // (255 * 128)  # unsigned times signed bytes, s
 def why_not(problem: LinearProblem, device: Device) -> str | None:
     if device.kind != "cpu":
         return f"runs on the CPU only, not on {device.kind}"
+    if (reason := why_not_special(problem, static_activations=True)) is not None:
+        return reason
     if problem.bits != 8 or problem.group_size is not None:
         return "serves 8 bits and one scale per output row"
     if problem.dtype not in DTYPES:
@@ -29,10 +36,10 @@ def integers_are_exact(problem: LinearProblem, device: Device) -> bool:
 
 
 def run(x: torch.Tensor, packed: Tensors, problem: LinearProblem) -> torch.Tensor:
-    """Return [T, out] for `packed` with "codes" int8 [out, in] and "scale" [out, 1]."""
+    """Return [T, out] for `packed` with "codes" int8 [out, in], "scale" [out, 1] and, if static, "input_scale" [1]."""
     codes, x_scale = packed["codes"], None
     if problem.activation_bits == 8:
-        x, x_scale = quantize_activations(x)
+        x, x_scale = activations(x, packed, problem)
     if x.size(0) == 0:
         products = torch.empty(0, problem.out_features)
     elif _takes_product_of_few(x, problem):
@@ -49,6 +56,20 @@ def run(x: torch.Tensor, packed: Tensors, problem: LinearProblem) -> torch.Tenso
         products = matmul_rows(x, problem.out_features, tile_dtype(problem.dtype), widen)
     products.mul_(packed["scale"].T)
     return (products if x_scale is None else products.mul_(x_scale)).to(problem.dtype)
+
+
+def activations(x: torch.Tensor, packed: Tensors, problem: LinearProblem) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes of x as float [T, in] and their scale [T, 1]."""
+    if problem.static_activations:
+        return quantize_activations_by(x, packed["input_scale"])
+    return quantize_activations(x)
+
+
+def keep_input_scale(packed: Tensors, tensors: Tensors, problem: LinearProblem, device: Device) -> Tensors:
+    """Return `packed` with the scale of the activations if it is stored."""
+    if not problem.static_activations:
+        return packed
+    return packed | {"input_scale": tensors[INPUT_SCALE].to(device.torch_device)}
 
 
 def _takes_product_of_few(x: torch.Tensor, problem: LinearProblem) -> bool:

@@ -1,14 +1,15 @@
-"""Symmetric integers with one scale per row or per group of columns: the arithmetic int8 and packed_int share.
+"""Integers with one scale per row or per group of columns: the arithmetic int8 and packed_int share.
 
 Rounding and clamping are compressed-tensors' (`calculate_qparams` and its `_quantize` kernel), so files of either tool
 hold the same bits: the scale is max|w| / ((2^bits - 1) / 2) in the weight's own type, and a code is the nearest integer
-to w / scale, computed in float32 or wider.
+to w / scale, computed in float32 or wider. With zero points it is (max - min) / (2^bits - 1), of a range that has 0.
 """
 
 import torch
 from torch import Tensor
 
 HALF_RANGE_8 = 127.5  # the symmetric 8-bit range is 255 steps wide
+INPUT_SCALE = "input_scale"  # the suffix of a stored scale of activations, int8 or e4m3
 
 
 def scale_shape(out_features: int, in_features: int, group_size: int | None) -> tuple[int, int]:
@@ -34,13 +35,36 @@ def quantize(weight: Tensor, bits: int, group_size: int | None) -> tuple[Tensor,
     return codes.reshape(out_features, in_features), scale
 
 
-def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return codes x scale [out, in] in `dtype`, multiplied in the wider of `dtype` and the scale's type.
+def quantize_with_zero_points(weight: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Round `weight` [out, in] between its extremes: codes int8 [out, in], scale and zero point [out, groups].
 
-    An 8-bit code times a 16-bit float's significand fits in float32's, so float32 weights are exact.
+    w = (code - zero point) x scale; zero points are int8 in the range of the codes, so that 0 has one. The scale keeps
+    the weight's type. A group of zeros gets the type's epsilon for a scale, and codes and a zero point of zero.
+    """
+    out_features, in_features = weight.shape
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    groups = weight.reshape(*scale_shape(out_features, in_features, group_size), -1)
+    least, most = groups.amin(dim=-1).clamp_max(0), groups.amax(dim=-1).clamp_min(0)
+    scale = (most - least) / torch.tensor(2**bits - 1, dtype=weight.dtype)
+    is_zero = scale == 0
+    zero_point = (low - least / scale).clamp_(low, high).round_().masked_fill_(is_zero, 0).to(torch.int8)
+    scale = torch.where(is_zero, torch.finfo(scale.dtype).eps, scale)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    codes = groups.to(wide) / scale.to(wide).unsqueeze(-1)
+    codes = codes.add_(zero_point.unsqueeze(-1)).clamp_(low, high).round_().to(torch.int8)
+    return codes.reshape(out_features, in_features), scale, zero_point
+
+
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype, zero_point: Tensor | None = None) -> Tensor:
+    """Return (codes - zero_point) x scale [out, in] in `dtype`, multiplied in the wider of it and the scale's type.
+
+    `zero_point` int8 [out, groups], None for zeros. A difference of 8-bit numbers is exact in every type. Times a
+    16-bit float's significand it fits in float32's, so float32 weights are exact.
     """
     wide = torch.promote_types(scale.dtype, dtype)
     groups = codes.reshape(*scale.shape, codes.size(-1) // scale.size(-1)).to(wide)
+    if zero_point is not None:
+        groups.sub_(zero_point.unsqueeze(-1))
     return groups.mul_(scale.to(wide).unsqueeze(-1)).reshape(codes.shape).to(dtype)
 
 
@@ -61,6 +85,18 @@ def quantize_activations(x: Tensor, group_size: int | None = None) -> tuple[Tens
     scale = largest.div_(HALF_RANGE_8).clamp_min_(torch.finfo(codes.dtype).tiny)
     codes.div_(scale).round_().clamp_(-127, 127)
     return codes.view(num_rows, in_features), scale.squeeze(-1)
+
+
+def quantize_activations_by(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Round x [T, in] to int8 by the scale [1] that is stored for all of x, and clamp what is beyond -128..127.
+
+    Returns as `quantize_activations` does codes (as float) and scale [T, 1], which is NaN where a row of x has NaN:
+    codes lose it once they are integers. Static symmetric quantisation as compressed-tensors does it.
+    """
+    codes = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    scale = input_scale.to(codes.dtype)
+    codes.div_(scale).round_().clamp_(-128, 127)
+    return codes, codes.amax(dim=-1, keepdim=True).mul_(0).add_(scale)
 
 
 def round_activations(x: Tensor, group_size: int | None) -> Tensor:

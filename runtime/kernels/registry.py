@@ -20,8 +20,10 @@ SUM_FACTOR = -8
 class LinearProblem:
     """One (possibly fused) linear layer: y[T, out] = x[T, in] @ W[out, in]^T, computed in `dtype`.
 
-    With `activation_bits` 8, x is rounded to int8 first, by its own maximum per row and per group of `group_size`
-    columns (None: the whole row).
+    With `activation_bits` 8, x is rounded to 8 bits first, by its own maximum per row and per group of `group_size`
+    columns (None: the whole row), or, with `static_activations`, by a scale that is stored. A weight that is not
+    `symmetric` has zero points; with a `block_size` it has one scale for each square of so many rows and columns, and
+    rows of x one for so many columns.
     """
 
     storage: str
@@ -31,6 +33,9 @@ class LinearProblem:
     out_features: int
     in_features: int
     dtype: torch.dtype
+    symmetric: bool = True
+    block_size: int | None = None
+    static_activations: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +168,23 @@ class PointwiseKernels:
     rotate_and_write: RotateAndWrite
     selects_rotations: bool
     is_generated: bool = False
+
+
+def why_not_special(
+    problem: LinearProblem, *, zero_points: bool = False, static_activations: bool = False
+) -> str | None:
+    """Return why a kernel would compute something else than a problem that has more than scales by row or group.
+
+    Every kernel of a compressed storage but its reference asks this, naming what it serves: what a kernel does not look
+    at, it would leave out.
+    """
+    if not problem.symmetric and not zero_points:
+        return "serves weights without zero points"
+    if problem.block_size is not None:
+        return f"serves scales by row or group, not by blocks of {problem.block_size}"
+    if problem.static_activations and not static_activations:
+        return "rounds activations by their own maximum, not by a stored scale"
+    return None
 
 
 K = TypeVar("K", bound=Candidate)

@@ -7,7 +7,15 @@ import torch
 from pressd.runtime.kernels import vnni_lines, vnni_rows
 from pressd.runtime.kernels.codegen import pool
 from pressd.runtime.kernels.codegen.target import machine_vectors
-from pressd.runtime.kernels.registry import CodeType, Device, LinearKernel, LinearProblem, QuantizedRows, Tensors
+from pressd.runtime.kernels.registry import (
+    CodeType,
+    Device,
+    LinearKernel,
+    LinearProblem,
+    QuantizedRows,
+    Tensors,
+    why_not_special,
+)
 from pressd.runtime.kernels.vnni_product import Shape, compile_product, multiply
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -35,6 +43,8 @@ def why_not_pointwise(dtype: torch.dtype, device: Device) -> str | None:
 
 def why_not(problem: LinearProblem, device: Device) -> str | None:
     if (reason := why_no_vnni(device)) is not None:
+        return reason
+    if (reason := why_not_special(problem)) is not None:
         return reason
     if problem.bits not in vnni_lines.BITS or problem.activation_bits != 8:
         return f"serves 4- and 8-bit weights with 8-bit activations, not w{problem.bits}a{problem.activation_bits}"

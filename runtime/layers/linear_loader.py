@@ -1,5 +1,6 @@
 """From stored tensors to linear layers: fuses what can be fused and chooses a kernel for each stored weight."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,9 @@ from pressd.runtime.artifact.families import Linear as StoredLinear
 from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.artifact.specs import Chain, LinearSpec, Masked, Packed, Sum, child_tensors
 from pressd.runtime.kernels.catalogue import linear_kernels
+from pressd.runtime.kernels.integer_codes import INPUT_SCALE
 from pressd.runtime.kernels.mask import format as mask
+from pressd.runtime.kernels.packed_int import format as packed_int
 from pressd.runtime.kernels.registry import Device, LinearKernel, LinearProblem, Preference, Tensors, select
 from pressd.runtime.layers.embedding import Embedding
 from pressd.runtime.layers.linear import ChainLinear, Linear, LinearLayer, SumLinear, UnfusedLinear
@@ -86,18 +89,13 @@ class LinearLoader:
                 seconds=tuple(self._layer([part.child("a", keeps_bias=True)]) for part in parts),
                 ranks=tuple(chain.rank for chain in chains),
             )
-        if len({_signature(spec) for spec in specs}) == 1:
+        if len({_signature(spec) for spec in specs}) == 1 and _share_scales(parts):
             return self._fused(parts)
         self.unfused_groups += 1
         return UnfusedLinear(members=tuple(self._layer([part]) for part in parts))
 
     def _fused(self, parts: Sequence[_Part]) -> Linear:
-        # Every stored tensor has one row (or one row of groups) per output, so fusing is concatenation.
-        fused = {
-            suffix: torch.cat([part.tensors[suffix] for part in parts]) if len(parts) > 1 else tensor
-            for suffix, tensor in parts[0].tensors.items()
-            if not suffix.endswith(_NOT_ROWS)
-        }
+        fused = {suffix: _joined(parts, suffix) for suffix in parts[0].tensors if not suffix.endswith(_NOT_ROWS)}
         problem = self._problem(parts)
         kernel = self._choose(problem)
         packed = kernel.pack(fused, problem, self.device)
@@ -115,8 +113,8 @@ class LinearLoader:
 
     def _problem(self, parts: Sequence[_Part]) -> LinearProblem:
         spec = parts[0].spec
-        stored = spec.values if isinstance(spec, Masked) else spec
-        assert isinstance(stored, Packed)
+        stored = _stored(spec)
+        assert stored is not None
         return LinearProblem(
             storage=mask.NAME if isinstance(spec, Masked) else stored.storage,
             bits=stored.bits,
@@ -125,6 +123,9 @@ class LinearLoader:
             out_features=sum(part.spec.out_features for part in parts),
             in_features=spec.in_features,
             dtype=self.dtype,
+            symmetric=stored.symmetric,
+            block_size=stored.block_size,
+            static_activations=stored.static_activations,
         )
 
     def _choose(self, problem: LinearProblem, *, looks_up: bool = False) -> LinearKernel:
@@ -140,9 +141,41 @@ class LinearLoader:
         return kernel
 
 
+def _stored(spec: LinearSpec) -> Packed | None:
+    """Return the one stored weight of a node, None for one with children of its own."""
+    stored = spec.values if isinstance(spec, Masked) else spec
+    return stored if isinstance(stored, Packed) else None
+
+
 def _signature(spec: LinearSpec) -> tuple[object, ...]:
     """What members must agree in to be one matrix; a node with children of its own agrees with nothing."""
-    stored = spec.values if isinstance(spec, Masked) else spec
-    if not isinstance(stored, Packed):
+    stored = _stored(spec)
+    if stored is None:
         return (id(spec),)
-    return type(spec), stored.storage, stored.bits, stored.group_size, stored.activation_bits
+    # All that says how a weight is stored and multiplied, whatever its shape.
+    return type(spec), dataclasses.replace(stored, out_features=0, in_features=0)
+
+
+def _share_scales(parts: Sequence[_Part]) -> bool:
+    """Whether scales of more than one output keep their place in one matrix.
+
+    Activations that meet it have one scale; blocks of rows begin where those of each member do.
+    """
+    stored = _stored(parts[0].spec)
+    if stored is None or len(parts) == 1:
+        return True
+    if stored.block_size is not None and any(part.spec.out_features % stored.block_size for part in parts[:-1]):
+        return False
+    return not stored.static_activations or len({part.tensors[INPUT_SCALE].item() for part in parts}) == 1
+
+
+def _joined(parts: Sequence[_Part], suffix: str) -> torch.Tensor:
+    """Return a tensor of all members as the fused weight has it."""
+    members = [part.tensors[suffix] for part in parts]
+    if len(members) == 1 or suffix == INPUT_SCALE:
+        return members[0]
+    stored = _stored(parts[0].spec)
+    if stored is not None and suffix.endswith(packed_int.ZERO_POINT):
+        return packed_int.join_zero_points(members, stored.bits, [part.spec.out_features for part in parts])
+    # Every other stored tensor has one row (or one row of groups or blocks) per output, or per block of them.
+    return torch.cat(members)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from pressd.compress import rows
 from pressd.compress.encoding import decode
 from pressd.compress.passes.magnitude import keep_two_of_four
 from pressd.compress.passes.svd import factorise
@@ -16,8 +17,9 @@ from pressd.runtime.kernels.integer_codes import dequantize, quantize
 
 GROUPS = st.sampled_from(["", "g32", "g64", "g128"])
 BASES = st.one_of(
-    st.sampled_from(["bf16", "w8a8"]),
+    st.sampled_from(["bf16", "w8a8", "fp8", "fp8-block", "fp8-static", "w8a8-static"]),
     st.builds("w{}a16{}".format, st.integers(2, 8), GROUPS),
+    st.builds("w{}a16{}-asym".format, st.integers(2, 8), GROUPS),
     st.builds("w{}a8{}".format, st.integers(2, 8), GROUPS),
 )
 
@@ -48,7 +50,8 @@ def test_what_is_stored_is_what_the_layout_says_and_decodes(
     except ValueError:
         assume(False)
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    tensors, (lost, total) = press_linear(weight, weight, spec)
+    input_scale = torch.full((1,), 0.125, dtype=dtype)
+    tensors, (lost, total) = press_linear(weight, weight, spec, input_scale=input_scale)
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == spec.layout(dtype)
     decoded = decode(tensors, spec, torch.float64)
     assert decoded.shape == weight.shape
@@ -106,3 +109,24 @@ def test_a_residual_corrects_what_the_base_lost() -> None:
     assert 1 > losses[0] > losses[1] > losses[2]
     # With 40 of 48 singular values what is left is the tail of the spectrum of the error: small.
     assert losses[2] < 0.05
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-static", "fp8-static", "w8a8-static+residual2"])
+def test_a_scale_that_nobody_measured_is_asked_for(scheme: str) -> None:
+    weight, spec = torch.ones(6, 64), parse_scheme(scheme).spec((6, 64))
+    with pytest.raises(ValueError, match=r"is measured on text, .*; calibrate with a pass that does, or choose"):
+        press_linear(weight, weight, spec)
+    tensors, _ = press_linear(weight, weight, spec, input_scale=torch.tensor([0.5]))
+    assert [tensor.tolist() for name, tensor in tensors.items() if name.endswith("input_scale")] == [[0.5]]
+
+
+def test_blocks_are_rounded_alike_in_pieces_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces begin where blocks of rows do: with less than a block in one, there is one block in each."""
+    weight = torch.randn(300, 256, generator=torch.Generator().manual_seed(3))
+    spec = parse_scheme("fp8-block").spec((300, 256))
+    whole = press_linear(weight, weight, spec)[0]
+    monkeypatch.setattr(rows, "PIECE_NUMBERS", 1000)
+    pieces = press_linear(weight, weight, spec)[0]
+    assert whole["weight_scale"].shape == (3, 2)
+    assert torch.equal(whole["weight_scale"], pieces["weight_scale"])
+    assert torch.equal(whole["weight"].view(torch.uint8), pieces["weight"].view(torch.uint8))

@@ -10,7 +10,14 @@ from pressd.runtime.kernels.activation_codes import FP8, by_row
 from pressd.runtime.kernels.code_products import TOKENS, product_of_few, variants_of
 from pressd.runtime.kernels.fp8 import format as disk
 from pressd.runtime.kernels.fp8 import reference
-from pressd.runtime.kernels.registry import Device, LinearKernel, LinearProblem, QuantizedRows, Tensors
+from pressd.runtime.kernels.registry import (
+    Device,
+    LinearKernel,
+    LinearProblem,
+    QuantizedRows,
+    Tensors,
+    why_not_special,
+)
 from pressd.runtime.kernels.row_codes import MAX_WIDTH, quantize_rows
 from pressd.runtime.kernels.triton_device import capability, why_no_triton
 from pressd.runtime.kernels.variants import Variant
@@ -21,7 +28,7 @@ MULTIPLE = 16
 
 
 def why_not(problem: LinearProblem, device: Device) -> str | None:
-    if reason := why_no_triton(problem.dtype, device):
+    if reason := why_no_triton(problem.dtype, device) or why_not_special(problem):
         return reason
     if (capability(device) or OLDEST) < OLDEST:
         return f"needs compute capability {'.'.join(map(str, OLDEST))} for products of 8-bit floats"

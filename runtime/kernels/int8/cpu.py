@@ -9,7 +9,6 @@ import torch
 
 from pressd.runtime.kernels import byte_codes
 from pressd.runtime.kernels.int8 import format as disk
-from pressd.runtime.kernels.integer_codes import quantize_activations
 from pressd.runtime.kernels.registry import Device, LinearKernel, LinearProblem, Tensors
 
 BLOCK = 64
@@ -42,17 +41,18 @@ def prepacked_bytes(problem: LinearProblem) -> int:
 
 
 def _pack_prepacked(tensors: Tensors, problem: LinearProblem, device: Device) -> Tensors:
-    return {
+    packed = {
         "prepacked": torch.ops.onednn.qlinear_prepack(tensors["weight"], None),
         "scale": tensors["weight_scale"].float().flatten(),
         "zero_points": torch.zeros(problem.out_features, dtype=torch.int32),
     }
+    return byte_codes.keep_input_scale(packed, tensors, problem, device)
 
 
 def _run_prepacked(x: torch.Tensor, packed: Tensors, problem: LinearProblem) -> torch.Tensor:
     if x.size(0) == 0:
         return x.new_zeros(0, problem.out_features)
-    codes, x_scale = quantize_activations(x)
+    codes, x_scale = byte_codes.activations(x, packed, problem)
     # Unsigned activations and float32 output: signed ones or bfloat16 output fall to oneDNN's slow reference path.
     unsigned = codes.to(torch.int8).view(torch.uint8).bitwise_xor_(0x80)  # adds 128; from float directly is slow
     products: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
@@ -76,7 +76,8 @@ def _run_prepacked(x: torch.Tensor, packed: Tensors, problem: LinearProblem) -> 
 def _pack_codes(tensors: Tensors, problem: LinearProblem, device: Device) -> Tensors:
     # A copy: what is mapped from a file lies where the file has it, and PyTorch's product wants multiples of 16.
     codes = tensors["weight"].clone(memory_format=torch.contiguous_format)
-    return {"codes": codes, "scale": tensors["weight_scale"]}
+    packed = {"codes": codes, "scale": tensors["weight_scale"]}
+    return byte_codes.keep_input_scale(packed, tensors, problem, device)
 
 
 PREPACKED = LinearKernel(

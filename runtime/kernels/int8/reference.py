@@ -2,9 +2,9 @@
 
 import torch
 
-from pressd.runtime.kernels.byte_codes import rows
+from pressd.runtime.kernels.byte_codes import activations, keep_input_scale, rows
 from pressd.runtime.kernels.int8 import format as disk
-from pressd.runtime.kernels.integer_codes import dequantize, quantize_activations, round_activations
+from pressd.runtime.kernels.integer_codes import dequantize, round_activations
 from pressd.runtime.kernels.registry import REFERENCE, Device, LinearKernel, LinearProblem, Tensors
 
 
@@ -13,10 +13,11 @@ def why_not(problem: LinearProblem, device: Device) -> str | None:
 
 
 def pack(tensors: Tensors, problem: LinearProblem, device: Device) -> Tensors:
-    return {
+    packed = {
         "codes": tensors["weight"].to(device.torch_device),
         "scale": tensors["weight_scale"].to(device.torch_device),
     }
+    return keep_input_scale(packed, tensors, problem, device)
 
 
 def run(x: torch.Tensor, packed: Tensors, problem: LinearProblem) -> torch.Tensor:
@@ -24,7 +25,7 @@ def run(x: torch.Tensor, packed: Tensors, problem: LinearProblem) -> torch.Tenso
     if problem.activation_bits == 16 or problem.group_size is not None:
         seen = x if problem.activation_bits == 16 else round_activations(x, problem.group_size)
         return torch.nn.functional.linear(seen, dequantize(codes, scale, problem.dtype))
-    x_codes, x_scale = quantize_activations(x)
+    x_codes, x_scale = activations(x, packed, problem)
     products = torch.nn.functional.linear(x_codes, codes.to(x_codes.dtype))
     return (products * x_scale * scale.to(products.dtype).T).to(problem.dtype)
 

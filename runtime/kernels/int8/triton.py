@@ -13,7 +13,14 @@ from pressd.runtime.kernels.code_products import TOKENS, product_of_few, variant
 from pressd.runtime.kernels.int8 import format as disk
 from pressd.runtime.kernels.integer_codes import dequantize
 from pressd.runtime.kernels.packed_int import triton as words
-from pressd.runtime.kernels.registry import Device, LinearKernel, LinearProblem, QuantizedRows, Tensors
+from pressd.runtime.kernels.registry import (
+    Device,
+    LinearKernel,
+    LinearProblem,
+    QuantizedRows,
+    Tensors,
+    why_not_special,
+)
 from pressd.runtime.kernels.row_codes import MAX_WIDTH, quantize_rows
 from pressd.runtime.kernels.row_codes import variants as row_variants
 from pressd.runtime.kernels.triton_device import why_no_triton
@@ -25,7 +32,7 @@ SCALE_BLOCK = 1024
 
 
 def why_not(problem: LinearProblem, device: Device) -> str | None:
-    if reason := why_no_triton(problem.dtype, device):
+    if reason := why_no_triton(problem.dtype, device) or why_not_special(problem):
         return reason
     if problem.group_size is not None:
         return "serves one scale per output row"

@@ -3,7 +3,8 @@
 In bfloat16, few rows of x meet nibbles: those of a 4-bit weight are multiplied where they lie, narrower codes are
 expanded to nibbles a tile at a time, wider ones are two digits and two products. Many rows of x, and any number in
 float32 and float16, meet tiles of weights in floating point. Both see the same codes, scales and activations; a tile
-in bfloat16 rounds code x scale to it once, as the reference does, and the packed product does not.
+in bfloat16 rounds code x scale to it once, as the reference does, and the packed product does not. That one takes zero
+point x scale, rounded to bfloat16, where the others subtract zero points from codes.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,14 @@ from pressd.runtime.kernels.crossovers import few_rows
 from pressd.runtime.kernels.integer_codes import quantize_activations, round_activations
 from pressd.runtime.kernels.packed_int import format as disk
 from pressd.runtime.kernels.packed_int import nibbles
-from pressd.runtime.kernels.registry import Device, LinearKernel, LinearProblem, Tensors, describe_device
+from pressd.runtime.kernels.registry import (
+    Device,
+    LinearKernel,
+    LinearProblem,
+    Tensors,
+    describe_device,
+    why_not_special,
+)
 from pressd.runtime.kernels.widened import tile_dtype, tile_elements
 
 PRODUCT_GROUPS = (256, 128, 64, 32)  # what PyTorch's packed product knows, the largest first
@@ -28,6 +36,8 @@ Product = Callable[[torch.Tensor, Tensors, LinearProblem, nibbles.Tile], torch.T
 def why_not(problem: LinearProblem, device: Device) -> str | None:
     if device.kind != "cpu":
         return f"runs on the CPU only, not on {device.kind}"
+    if (reason := why_not_special(problem, zero_points=True)) is not None:
+        return reason
     if problem.dtype not in byte_codes.DTYPES:
         return f"computes in float32 at most, not in {problem.dtype}"
     if problem.out_features % nibbles.ROW_MULTIPLE or problem.in_features % nibbles.COLUMN_MULTIPLE:
@@ -50,7 +60,11 @@ def pack(tensors: Tensors, problem: LinearProblem, device: Device) -> Tensors:
     if problem.group_size is not None and problem.dtype == torch.bfloat16:
         # What the packed product takes. A scale of another type rounds here instead of its products with the codes.
         scale = scale.to(torch.bfloat16)
-    return {**{name: torch.cat(parts) for name, parts in planes.items()}, "scale": scale.contiguous()}
+    packed = {**{name: torch.cat(parts) for name, parts in planes.items()}, "scale": scale.contiguous()}
+    if not problem.symmetric:
+        zero_point = disk.unpack_zero_points(tensors[disk.ZERO_POINT], problem.bits, problem.out_features)
+        packed["zero_point"] = zero_point.T.contiguous()
+    return packed
 
 
 def run(x: torch.Tensor, packed: Tensors, problem: LinearProblem) -> torch.Tensor:
@@ -75,6 +89,8 @@ def rows(ids: torch.Tensor, packed: Tensors, problem: LinearProblem) -> torch.Te
     codes = nibbles.gather(ids, packed, problem.bits, problem.out_features, problem.in_features, block)
     scale = packed["scale"][:, ids].float().mul_(2.0 ** (problem.bits - 8)).T
     groups = codes.view(ids.numel(), scale.size(1), problem.in_features // scale.size(1)).float()
+    if not problem.symmetric:
+        groups -= (packed["zero_point"][:, ids].float() * 2.0 ** (8 - problem.bits)).T.unsqueeze(-1)
     return groups.mul_(scale.unsqueeze(-1)).flatten(1).to(problem.dtype)
 
 
@@ -109,21 +125,37 @@ def _packed_product(x: torch.Tensor, packed: Tensors, problem: LinearProblem, ti
     """Multiply x [T, in] with the nibbles of some rows: [T, rows], unscaled without groups.
 
     A code is 2^b x upper digit + lower digit, with b = bits - 4; both digits are signed once their highest bit, worth
-    half their range, is taken off. The upper's share of that is the code's own offset, the lower's is given back here.
+    half their range, is taken off. The upper's share of that is the code's own offset, the lower's is given back.
     """
     in_features, group_size = problem.in_features, problem.group_size or _product_group(problem.in_features)
     digits = nibbles.expand(packed, problem.bits, in_features, tile)
     pairs = torch.zeros(in_features // group_size, tile.num_rows, 2, dtype=torch.bfloat16)
     scale = packed["scale"][:, tile.rows] if problem.group_size else pairs.new_ones(1, 1)
     exponent = problem.bits - nibbles.NIBBLE
+    offsets = _offsets(scale, packed, problem, tile)
     products = []
     for place, digit in enumerate(digits):
         pairs[..., 0] = scale * 2.0 ** (exponent - nibbles.NIBBLE * place)
-        pairs[..., 1] = scale * 2.0 ** (exponent - 1) if place == 0 and len(digits) > 1 else 0.0
+        pairs[..., 1] = offsets[place]
         nibble_rows = digit.view(tile.num_rows, in_features // 2)
         products.append(torch.ops.aten._weight_int4pack_mm_for_cpu(x, nibble_rows, group_size, pairs))
     result: torch.Tensor = products[0] if len(products) == 1 else products[0].float() + products[1]
     return result
+
+
+def _offsets(
+    scale: torch.Tensor, packed: Tensors, problem: LinearProblem, tile: nibbles.Tile
+) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    """Return what is added to every weight of a group with its upper digit, and with the lower if there is one.
+
+    With zero points, the second is what rounding to bfloat16 leaves of the first.
+    """
+    half = 2.0 ** (problem.bits - nibbles.NIBBLE - 1) if problem.bits > nibbles.NIBBLE else 0.0
+    if problem.symmetric:
+        return scale * half if half else 0.0, 0.0
+    exact = scale.float() * (half - packed["zero_point"][:, tile.rows])
+    upper = exact.to(torch.bfloat16)
+    return upper, exact - upper
 
 
 def _integer_product(x: torch.Tensor, packed: Tensors, problem: LinearProblem, tile: nibbles.Tile) -> torch.Tensor:
@@ -137,6 +169,10 @@ def _widened_product(x: torch.Tensor, packed: Tensors, problem: LinearProblem, t
     dtype = tile_dtype(problem.dtype)
     columns = _columns(packed, problem, tile, dtype)
     factor = 2.0 ** (problem.bits - 8)
+    if not problem.symmetric:
+        # A difference of two 8-bit numbers has 8 bits: it is exact in every type, as are powers of two of it.
+        zero_point = packed["zero_point"][:, tile.rows].to(dtype) * 2.0 ** (8 - problem.bits)
+        columns.view(len(zero_point), -1, tile.num_rows).sub_(zero_point.unsqueeze(1))
     if problem.group_size is None:
         return (x.to(dtype) @ columns).float().mul_(factor)
     scale = (packed["scale"][:, tile.rows].to(dtype) * factor).unsqueeze(1)

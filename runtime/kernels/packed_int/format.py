@@ -2,7 +2,11 @@
 
 A row is one little-endian bit string cut into 32-bit words: element i is the unsigned number code + 2^(bits-1) in bits
 [i * bits, (i + 1) * bits). An element may straddle two words; the last word is filled up with zero bits.
+
+Zero points, where there are any, are such strings too, from the first output to the last: one for each group.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,34 +15,63 @@ from torch import Tensor
 from pressd.runtime.kernels.integer_codes import dequantize, scale_shape
 
 NAME = "packed_int"
+ZERO_POINT = "weight_zero_point"
 WORD_BITS = 32
 
 
 def layout(
-    out_features: int, in_features: int, bits: int, group_size: int | None, dtype: torch.dtype
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int | None,
+    dtype: torch.dtype,
+    *,
+    symmetric: bool = True,
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return type and shape of each stored tensor by its suffix; `dtype` is the scale's."""
-    return {
+    scale = scale_shape(out_features, in_features, group_size)
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "weight_packed": (torch.int32, (out_features, _num_words(in_features, bits))),
-        "weight_scale": (dtype, scale_shape(out_features, in_features, group_size)),
+        "weight_scale": (dtype, scale),
         "weight_shape": (torch.int64, (2,)),
     }
+    if not symmetric:
+        tensors[ZERO_POINT] = (torch.int32, (_num_words(out_features, bits), scale[1]))
+    return tensors
 
 
-def encode(codes: Tensor, scale: Tensor, bits: int) -> dict[str, Tensor]:
-    """Return the tensors to store for signed codes int8 [out, in] and scale [out, groups]."""
-    return {
+def encode(codes: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = None) -> dict[str, Tensor]:
+    """Return the tensors to store for signed codes int8 [out, in], scale and zero point int8 [out, groups]."""
+    tensors = {
         "weight_packed": pack(codes, bits),
         "weight_scale": scale,
         "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
     }
+    return tensors if zero_point is None else tensors | {ZERO_POINT: pack_zero_points(zero_point, bits)}
 
 
 def decode(tensors: dict[str, Tensor], bits: int, group_size: int | None, dtype: torch.dtype) -> Tensor:
     """Return the weight [out, in] in `dtype`."""
     out_features, in_features = tensors["weight_shape"].tolist()
     assert tensors["weight_scale"].shape == scale_shape(out_features, in_features, group_size)
-    return dequantize(unpack(tensors["weight_packed"], bits, in_features), tensors["weight_scale"], dtype)
+    zero_point = unpack_zero_points(tensors[ZERO_POINT], bits, out_features) if ZERO_POINT in tensors else None
+    return dequantize(unpack(tensors["weight_packed"], bits, in_features), tensors["weight_scale"], dtype, zero_point)
+
+
+def pack_zero_points(zero_point: Tensor, bits: int) -> Tensor:
+    """Pack signed zero points int8 [out, groups] into int32 [ceil(out * bits / 32), groups]."""
+    return pack(zero_point.T, bits).T.contiguous()
+
+
+def unpack_zero_points(packed: Tensor, bits: int, out_features: int) -> Tensor:
+    """Return the signed zero points int8 [out, groups] of words int32 [ceil(out * bits / 32), groups]."""
+    return unpack(packed.T, bits, out_features).T.contiguous()
+
+
+def join_zero_points(parts: Sequence[Tensor], bits: int, out_features: Sequence[int]) -> Tensor:
+    """Return the words of the zero points of weights that are put below each other, whose words may have room left."""
+    signed = (unpack_zero_points(part, bits, rows) for part, rows in zip(parts, out_features, strict=True))
+    return pack_zero_points(torch.cat(list(signed)), bits)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -11,7 +11,7 @@ from pressd.runtime.kernels.integer_codes import round_activations
 from pressd.runtime.kernels.packed_int import format as disk
 from pressd.runtime.kernels.packed_int.triton_kernels import multiply, widen
 from pressd.runtime.kernels.packed_int.triton_weights import WORD_BITS, count_for, pack_words, unpack_words
-from pressd.runtime.kernels.registry import Device, LinearKernel, LinearProblem, Tensors
+from pressd.runtime.kernels.registry import Device, LinearKernel, LinearProblem, Tensors, why_not_special
 from pressd.runtime.kernels.split_sum import split_for, split_memory
 from pressd.runtime.kernels.tiles import tiles_for
 from pressd.runtime.kernels.triton_device import why_no_triton
@@ -28,7 +28,7 @@ WIDEN_ROWS = 32
 
 
 def why_not(problem: LinearProblem, device: Device) -> str | None:
-    if reason := why_no_triton(problem.dtype, device):
+    if reason := why_no_triton(problem.dtype, device) or why_not_special(problem):
         return reason
     if problem.bits not in BITS:
         return f"serves {' and '.join(map(str, BITS))} bits, not {problem.bits}"
