@@ -156,6 +156,11 @@ def stdlib_root() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
+def heldout_documents() -> tuple[str, ...]:
+    """Return the documents of the built-in held-out split, as far as this Python has them."""
+    return _stdlib_split("heldout")
+
+
 def stdlib_training() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return (library documents, test-suite documents) of the standard library without anything held out.
 

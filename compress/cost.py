@@ -13,22 +13,24 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Wall seconds in all, per block and per scheme; `peak_rss_bytes` is of the process since it started."""
+    """Wall seconds in all, per block, per scheme and per pass; `peak_rss_bytes` is of the process since it started."""
 
     wall_seconds: float
     peak_rss_bytes: int
     blocks: dict[str, float]
     schemes: dict[str, float]
+    passes: dict[str, float]
 
 
 class Clock:
-    """Collects wall seconds from its making on: per block, and inside of blocks per scheme."""
+    """Collects wall seconds from its making on: per block, and inside of blocks per scheme and per pass."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
         self._start = now()
         self._blocks: dict[str, float] = {}
         self._schemes: defaultdict[str, float] = defaultdict(float)
+        self._passes: defaultdict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def block(self, name: str) -> Iterator[None]:
@@ -44,6 +46,13 @@ class Clock:
         yield
         self._schemes[name] += self._now() - start
 
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time a pass, or what is done for all of them, such as the forward pass."""
+        start = self._now()
+        yield
+        self._passes[name] += self._now() - start
+
     def seconds(self, block: str) -> float:
         """Seconds of a block that is done."""
         return self._blocks[block]
@@ -55,6 +64,7 @@ class Clock:
             peak_rss_bytes=peak_rss_bytes(),
             blocks=dict(self._blocks),
             schemes=dict(self._schemes),
+            passes=dict(self._passes),
         )
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pressd.compress.group_plan import GroupPlan
 from pressd.compress.memory import peak_bytes
-from pressd.compress.plan import GroupPlan, Plan
+from pressd.compress.plan import Plan
 from pressd.compress.press import planned_tensors
 from pressd.compress.rates import Rates, work
 from pressd.compress.record import totals

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pressd.compress.group_plan import GroupPlan
+from pressd.compress.planned_passes import check_passes, passes_of
 from pressd.compress.recipe import KEEP, Recipe, Rule
 from pressd.runtime.artifact.families import EMBED, LM_HEAD, Block, FusedGroup, ModelMap, describe
 from pressd.runtime.artifact.quantization import check_group
@@ -11,24 +13,6 @@ from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.artifact.schemes import CASTS, parse_scheme
 from pressd.runtime.artifact.specs import LinearSpec, Packed
 from pressd.runtime.models import decoder_config
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupPlan:
-    """What becomes of one fused group; `specs` has one entry per member, by its prefix."""
-
-    group: FusedGroup
-    scheme: str
-    specs: dict[str, LinearSpec]
-
-    @property
-    def is_pressed(self) -> bool:
-        """Whether the group is stored as anything but dense weights."""
-        return not all(spec.is_dense for spec in self.specs.values())
-
-    def stored_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of everything stored for this group."""
-        return sum(spec.stored_bytes(dtype) for spec in self.specs.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +33,17 @@ class Plan:
     model: ModelMap
     dtype: torch.dtype
     blocks: tuple[BlockPlan, ...]
+    recipe: Recipe
     unties: bool = False
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether any pass needs to see what runs through the model."""
+        return any(options.reads_text for options in self.recipe.passes)
+
+    def passes_of(self, group: GroupPlan) -> tuple[str, ...]:
+        """Return the names of the passes that a group goes through, in their order."""
+        return passes_of(group, self.recipe)
 
     def groups(self) -> tuple[GroupPlan, ...]:
         """Every fused group, in file order."""
@@ -79,7 +73,9 @@ def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
         BlockPlan(block=block, groups=tuple(_plan_group(group, decisions, default, dtype) for group in block.groups))
         for block in model.blocks
     )
-    return Plan(model=model, dtype=dtype, blocks=blocks, unties=source.model.tied and not model.tied)
+    plan = Plan(model=model, dtype=dtype, blocks=blocks, recipe=recipe, unties=source.model.tied and not model.tied)
+    check_passes(recipe, plan.groups())
+    return plan
 
 
 def _untied(source: Checkpoint, recipe: Recipe) -> ModelMap:

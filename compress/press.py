@@ -1,39 +1,63 @@
-"""Plan, then execute: streams a checkpoint tensor by tensor into an artifact."""
+"""Plan, then execute: streams a checkpoint block by block into an artifact."""
 
+import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from pressd.compress.calibration import CalibrationRows, read_calibration
 from pressd.compress.companions import copy_companions
 from pressd.compress.cost import Clock
-from pressd.compress.plan import BlockPlan, GroupPlan, Plan, make_plan
-from pressd.compress.press_linear import press_linear
+from pressd.compress.fingerprint import make_fingerprint
+from pressd.compress.journal import BlockLine, Journal
+from pressd.compress.plan import BlockPlan, Plan, make_plan
+from pressd.compress.press_block import Presser, RoundingPresser
+from pressd.compress.press_with_text import TextPresser
 from pressd.compress.quantization_config import artifact_config
 from pressd.compress.recipe import Recipe, read_recipe, recipe_of_scheme
-from pressd.compress.record import make_manifest
+from pressd.compress.record import make_manifest, source_files
 from pressd.compress.report import make_report, this_machine, write_report
 from pressd.compress.reread import Reread
-from pressd.compress.staging import check_target, staged
-from pressd.compress.weights_writer import SHARD_BYTES, PlannedTensor, WeightsWriter
+from pressd.compress.staging import check_target, staged, sweep, unfinished
+from pressd.compress.weights_writer import SHARD_BYTES, PlannedTensor, WeightsWriter, tensor_bytes
 from pressd.runtime.artifact import manifest as manifests
 from pressd.runtime.artifact.manifest import Manifest, PlannedGroup
 from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.artifact.schemes import parse_scheme
+from pressd.runtime.models import decoder_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockDone:
-    """Progress: `block` is the number `done` of `total`."""
+    """Progress: `block` is the number `done` of `total`; one that `was_done` was there from a run before."""
 
     block: str
     done: int
     total: int
     seconds: float
+    was_done: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run for `plan` from `source`: what it reads, where it computes, and who is told."""
+
+    source: Checkpoint
+    plan: Plan
+    rows: CalibrationRows | None
+    devices: tuple[torch.device, ...]
+    shard_bytes: int
+    progress: Callable[[BlockDone], None]
+    clock: Clock
+
+    def presser(self) -> Presser:
+        """Return what presses the blocks."""
+        if self.rows is None:
+            return RoundingPresser(self.source, self.plan, self.clock)
+        return TextPresser(self.source, self.plan, self.rows, self.devices, self.clock)
 
 
 def compress(
@@ -42,13 +66,21 @@ def compress(
     out: str | Path,
     *,
     overwrite: bool = False,
+    resume: bool = False,
+    devices: Sequence[torch.device | str] = ("cpu",),
+    rows: CalibrationRows | None = None,
     progress: Callable[[BlockDone], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    command: str | None = None,
 ) -> Manifest:
     """Press the checkpoint `source` into the directory `out`, and return its manifest.
 
-    `recipe` is a scheme's name, a path to a .toml file, or a recipe that has been read. `out` appears complete or not
-    at all. Raises ValueError naming what is wrong, before anything is written if it can be known from headers.
+    `recipe` is a scheme's name (rounded to nearest), a path to a .toml file, or a recipe that has been read. `out`
+    appears complete or not at all. `resume` goes on with a run for `out` that was killed, if there is one; the bytes
+    are those of a run that was not. `rows` are used in place of the recipe's calibration text. `devices` share the
+    calibration rows. `command` is kept in the report.
+
+    Raises ValueError naming what is wrong, before anything is written if it can be known from headers.
     """
     clock = Clock()
     source, out = Path(source), Path(out)
@@ -58,16 +90,39 @@ def compress(
     check_target(out, overwrite=overwrite)
     checkpoint = Checkpoint.open(source)
     plan = make_plan(checkpoint, recipe)
-    with staged(out, overwrite=overwrite) as directory:
+    if plan.reads_text and rows is None:
+        rows = read_calibration(recipe.calibration, checkpoint, decoder_config(checkpoint).max_context)
+    run = Run(
+        source=checkpoint,
+        plan=plan,
+        rows=rows if plan.reads_text else None,
+        devices=tuple(map(torch.device, devices)),
+        shard_bytes=shard_bytes,
+        progress=progress or _silent,
+        clock=clock,
+    )
+    return _run(run, out, overwrite=overwrite, resume=resume, command=command)
+
+
+def _run(run: Run, out: Path, *, overwrite: bool, resume: bool, command: str | None) -> Manifest:
+    source, plan = run.source, run.plan
+    files = source_files(source)
+    fingerprint = make_fingerprint(files, plan, run.rows, run.devices, run.shard_bytes)
+    begun = unfinished(out) if resume else None
+    if begun is not None:
+        Journal(begun, fingerprint)  # refuses before anything is touched
+    keeps_work = run.rows is not None
+    with staged(out, overwrite=overwrite, resume=begun, keeps=lambda: keeps_work) as directory:
         ours = directory / manifests.FOLDER
-        ours.mkdir()
-        (ours / "recipe.toml").write_text(recipe.text, encoding="utf-8")
-        groups = _write_weights(checkpoint, plan, directory, progress or _silent, shard_bytes, clock)
-        config = artifact_config(checkpoint.config, plan)
+        ours.mkdir(exist_ok=True)
+        sweep(ours)
+        (ours / "recipe.toml").write_text(plan.recipe.text, encoding="utf-8")
+        groups = _write_weights(run, directory, fingerprint)
+        config = artifact_config(source.config, plan)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        copy_companions(source, directory)
-        manifest = make_manifest(checkpoint, recipe, plan, groups, directory)
-        write_report(directory, make_report(manifest, clock.cost(), this_machine(manifest)))
+        copy_companions(source.path, directory)
+        manifest = make_manifest(source, files, plan, groups, directory, run.rows)
+        write_report(directory, make_report(manifest, run.clock.cost(), this_machine(manifest)))
         manifests.write_manifest(directory, manifest)
         # Proves that what was written is what a reader accepts; small artifacts are hashed once more on the way.
         Checkpoint.open(directory)
@@ -86,36 +141,43 @@ def _read(recipe: str | Path | Recipe) -> Recipe:
     return recipe_of_scheme(parse_scheme(recipe).name)
 
 
-def _write_weights(
-    source: Checkpoint,
-    plan: Plan,
-    directory: Path,
-    progress: Callable[[BlockDone], None],
-    shard_bytes: int,
-    clock: Clock,
-) -> tuple[PlannedGroup, ...]:
-    """Stream every tensor through its pass into the weight files; a journal line per block."""
-    done: list[PlannedGroup] = []
+def _write_weights(run: Run, directory: Path, fingerprint: dict[str, object]) -> tuple[PlannedGroup, ...]:
+    """Stream every block through its passes into the weight files; a journal line when each is on disk."""
+    groups: list[PlannedGroup] = []
+    blocks = run.plan.blocks
     with (
-        WeightsWriter(directory, list(planned_tensors(plan)), shard_bytes) as writer,
-        (directory / manifests.FOLDER / "journal.jsonl").open("w", encoding="utf-8") as journal,
+        Journal(directory, fingerprint) as journal,
+        WeightsWriter(directory, list(planned_tensors(run.plan)), run.shard_bytes) as writer,
     ):
+        presser = run.presser()
         reread = Reread(directory, writer)
-        for number, block in enumerate(plan.blocks, start=1):
-            name = block.block.name
-            with clock.block(name):
-                groups = _press_block(source, plan, block, reread, clock)
-            # How long it took is in the report: the journal of every run is the same.
-            entries = [_journal_entry(group) for group in groups]
-            journal.write(json.dumps({"block": name, "groups": entries}) + "\n")
-            journal.flush()
-            done += groups
-            progress(BlockDone(block=name, done=number, total=len(plan.blocks), seconds=clock.seconds(name)))
-    return tuple(done)
+        for number, block in enumerate(blocks, start=1):
+            line = journal.finished[number - 1] if number <= len(journal.finished) else None
+            was_done = line is not None
+            with run.clock.block(block.block.name):
+                if line is None:
+                    line = _press(presser, block, reread)
+                    writer.sync()
+                    journal.write(line)
+                else:
+                    assert line.block == block.block.name, f"{line.block} is not what the same plan would have"
+                    presser.replay(block, {name: writer.take_over(name, sha) for name, sha in line.sha256.items()})
+            groups += line.groups
+            seconds = run.clock.seconds(line.block)
+            run.progress(
+                BlockDone(block=line.block, done=number, total=len(blocks), seconds=seconds, was_done=was_done)
+            )
+    return tuple(groups)
 
 
-def _journal_entry(group: PlannedGroup) -> dict[str, object]:
-    return {"name": group.name, "scheme": group.scheme, "error": group.error, "bytes": group.bytes}
+def _press(presser: Presser, block: BlockPlan, reread: Reread) -> BlockLine:
+    """Press a block, write it, and return what the journal says of it."""
+    groups: list[PlannedGroup] = []
+    digests: dict[str, str] = {}
+    for pressed in presser.press(block, groups):
+        digests |= {name: hashlib.sha256(tensor_bytes(one)).hexdigest() for name, one in pressed.tensors.items()}
+        reread.write(pressed.tensors, pressed=pressed.is_pressed)
+    return BlockLine(block=block.block.name, groups=tuple(groups), sha256=digests)
 
 
 def planned_tensors(plan: Plan) -> Iterator[list[PlannedTensor]]:
@@ -129,52 +191,3 @@ def planned_tensors(plan: Plan) -> Iterator[list[PlannedTensor]]:
                 ]
         for name, shape in block.block.others.items():
             yield [PlannedTensor(name=name, dtype=plan.dtype, shape=shape)]
-
-
-def _press_block(source: Checkpoint, plan: Plan, block: BlockPlan, reread: Reread, clock: Clock) -> list[PlannedGroup]:
-    groups = []
-    for group in block.groups:
-        with clock.scheme(group.scheme):
-            groups.append(_press_group(source, plan, group, reread))
-    for name in block.block.others:
-        reread.write({name: _dense(source, name, plan.dtype)})
-    return groups
-
-
-def _press_group(source: Checkpoint, plan: Plan, group: GroupPlan, reread: Reread) -> PlannedGroup:
-    lost = total = 0.0
-    for prefix, spec in group.specs.items():
-        name = f"{prefix}.weight"
-        tensors, norms = press_linear(source.tensor(name), _dense(source, name, plan.dtype), spec)
-        lost, total = lost + norms[0], total + norms[1]
-        named = {f"{prefix}.{suffix}": tensor for suffix, tensor in tensors.items()}
-        reread.write(named, pressed=not spec.is_dense)
-    stored = group.stored_bytes(plan.dtype)
-    return PlannedGroup(
-        name=group.group.name,
-        members=tuple(group.specs),
-        scheme=group.scheme,
-        shape=group.group.shape,
-        bits=8 * stored / math.prod(group.group.shape),
-        # Six digits: the last ones depend on how many threads summed up.
-        error=float(f"{math.sqrt(lost / total):.6g}") if total else 0.0,
-        fallback=None,
-        bytes=stored,
-    )
-
-
-def _dense(source: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
-    """Return a source tensor in `dtype`; raises ValueError if it is not finite there."""
-    stored = source.tensor(name)
-    tensor = stored.to(dtype)
-    if not _is_finite(tensor):
-        if _is_finite(stored):
-            raise ValueError(
-                f"{source.path}: {name} has values that do not fit {dtype}; keep its precision or use bf16"
-            )
-        raise ValueError(f"{source.path}: {name} holds NaN or infinity; repair the checkpoint")
-    return tensor
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return all(math.isfinite(extreme) for extreme in tensor.aminmax())  # both are NaN if anything is

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 import torch
 
-from pressd.compress.plan import GroupPlan, Plan
+from pressd.compress.group_plan import GroupPlan
+from pressd.compress.plan import Plan
 from pressd.runtime.artifact.families import EMBED, LM_HEAD, ModelMap
 from pressd.runtime.artifact.own_config import hide
 from pressd.runtime.artifact.quantization import FORMATS, MIXED

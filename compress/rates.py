@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pressd.compress.plan import GroupPlan, Plan
+from pressd.compress.group_plan import GroupPlan
+from pressd.compress.plan import Plan
 from pressd.compress.press_linear import press_linear
 from pressd.compress.recipe import KEEP
 from pressd.runtime.artifact.schemes import parse_scheme

@@ -2,17 +2,18 @@
 
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from pressd.compress.pass_options import PASSES, PassOptions
 from pressd.runtime.artifact.families import EMBED, LM_HEAD, FusedGroup
 
-PASSES = ("rtn",)
 KEEP = "keep"
 _KINDS = ("qkv", "o", "gate_up", "down")
+P = TypeVar("P", bound=PassOptions)
 _PATTERN = re.compile(rf"(?:layers\.(?P<layers>\*|\d+(?:-\d+)?)\.)?(?P<kind>\*|{'|'.join((*_KINDS, EMBED, LM_HEAD))})")
 
 
@@ -21,30 +22,12 @@ class _Section(BaseModel):
 
 
 class Calibration(_Section):
-    """The text that passes collect statistics from; rtn needs none."""
+    """The text that passes collect statistics from, in rows of `seq_len`; `seed` chooses the rows. rtn needs none."""
 
     data: str = "stdlib"
     tokens: Annotated[int, Field(ge=1)] = 65536
     seq_len: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0)] = 0
-
-
-class Pass(BaseModel):
-    """One step of pressing, by name."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    use: str
-
-    @field_validator("use")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in PASSES:
-            raise ValueError(f"pass {name!r} is not known; known now: {', '.join(PASSES)}")
-        return name
-
-    def model_post_init(self, context: object, /) -> None:
-        if self.model_extra:
-            raise ValueError(f"pass {self.use!r} has no option {next(iter(self.model_extra))!r}")
 
 
 class Gates(_Section):
@@ -62,9 +45,30 @@ class Gates(_Section):
 class _Text(_Section):
     source: str | None = None
     calibration: Calibration = Calibration()
-    passes: Annotated[tuple[Pass, ...], Field(alias="pass")] = ()
+    passes: Annotated[tuple[Annotated[PassOptions, Field(discriminator="use")], ...], Field(alias="pass")] = ()
     scheme: Annotated[dict[str, str], Field(min_length=1)]
     gates: Gates = Gates()
+
+    @field_validator("passes", mode="before")
+    @classmethod
+    def _known(cls, passes: object) -> object:
+        """Refuse unknown names in words of our own: what remains are options."""
+        for entry in passes if isinstance(passes, list) else ():
+            name = entry.get("use") if isinstance(entry, dict) else None
+            if name not in PASSES:
+                raise ValueError(f"pass {name!r} is not known; known now: {', '.join(PASSES)}")
+        return passes
+
+    @field_validator("passes")
+    @classmethod
+    def _once(cls, passes: tuple[PassOptions, ...]) -> tuple[PassOptions, ...]:
+        names = [entry.use for entry in passes]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"pass {name!r} is there twice; one of its kind is enough")
+        if {"rtn", "gptq"} <= set(names):
+            raise ValueError("passes 'rtn' and 'gptq' both round weights; choose one")
+        return passes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +96,12 @@ class Recipe:
     source: str | None
     rules: tuple[Rule, ...]
     gates: dict[str, float]
+    passes: tuple[PassOptions, ...] = ()
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def pass_of(self, kind: type[P]) -> P | None:
+        """Return the options of a pass, None if the recipe does not use it."""
+        return next((options for options in self.passes if isinstance(options, kind)), None)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -103,11 +113,10 @@ def read_recipe(path: Path) -> Recipe:
     return parse_recipe(text, f"recipe {path}")
 
 
-def recipe_of_scheme(scheme: str) -> Recipe:
-    """Return the recipe that gives every linear of the decoder's layers one scheme."""
-    return Recipe(
-        text=f'[scheme]\n"*" = "{scheme}"\n', source=None, rules=(Rule(pattern="*", scheme=scheme),), gates={}
-    )
+def recipe_of_scheme(scheme: str, passes: tuple[str, ...] = ()) -> Recipe:
+    """Return the recipe that gives every linear of the decoder's layers one scheme, by passes of these names."""
+    named = "".join(f'[[pass]]\nuse = "{name}"\n' for name in passes)
+    return parse_recipe(f'{named}[scheme]\n"*" = "{scheme}"\n', f"scheme {scheme}")
 
 
 def parse_recipe(text: str, where: str) -> Recipe:
@@ -119,8 +128,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
     except ValidationError as error:
         # A misspelt key explains why another one is missing.
         first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        at = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{where}: {at}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise ValueError(f"{where}: {_mistake(first['loc'], first['type'], first['msg'])}") from None
     for pattern in content.scheme:
         _check_pattern(pattern, where)
     return Recipe(
@@ -128,7 +136,20 @@ def parse_recipe(text: str, where: str) -> Recipe:
         source=content.source,
         rules=tuple(Rule(pattern=pattern, scheme=scheme) for pattern, scheme in content.scheme.items()),
         gates={name: bound for name, bound in content.gates.model_dump().items() if bound is not None},
+        passes=content.passes,
+        calibration=content.calibration,
     )
+
+
+def _mistake(loc: tuple[int | str, ...], kind: str, message: str) -> str:
+    """What is wrong, and where; an option of a pass by the pass's name."""
+    if loc[0] == "pass" and len(loc) > 3:
+        name, option = str(loc[2]), str(loc[3])
+        if kind == "extra_forbidden":
+            known = ", ".join(sorted(PASSES[name].model_fields.keys() - {"use"})) or "none"
+            return f"pass {name!r} has no option {option!r}; its options: {known}"
+        return f"pass {name!r}: {option}: {message}"
+    return f"{'.'.join(str(part) for part in loc)}: {message.removeprefix('Value error, ')}"
 
 
 def _check_pattern(pattern: str, where: str) -> None:

@@ -1,15 +1,16 @@
 """Fills the manifest of a finished artifact: where it came from, what is in it, and how large it is."""
 
 import math
+from collections.abc import Mapping
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from pressd.compress.calibration import CalibrationRows
 from pressd.compress.plan import Plan
 from pressd.compress.quantization_config import readers, requirements
-from pressd.compress.recipe import Recipe
 from pressd.runtime.artifact.directory import INDEX
 from pressd.runtime.artifact.manifest import (
     SCHEMA,
@@ -27,16 +28,23 @@ from pressd.runtime.artifact.reader import Checkpoint
 
 
 def make_manifest(
-    source: Checkpoint, recipe: Recipe, plan: Plan, groups: tuple[PlannedGroup, ...], directory: Path
+    source: Checkpoint,
+    source_files: Mapping[str, StoredFile],
+    plan: Plan,
+    groups: tuple[PlannedGroup, ...],
+    directory: Path,
+    rows: CalibrationRows | None,
 ) -> Manifest:
     """Return the manifest of everything that is in `directory` now; `groups` say how each was stored."""
+    recipe = plan.recipe
     files = {path.name: digest_file(path) for path in sorted(directory.iterdir()) if path.is_file()}
     return Manifest(
         schema_version=SCHEMA,
         id=artifact_id(files),
         tool=Tool(name="pressd", version=version("pressd"), torch=torch.__version__),
-        source=Source(path=str(source.path.resolve()), files=_source_files(source)),
+        source=Source(path=str(source.path.resolve()), files=dict(source_files)),
         recipe=RecipeRecord(text=recipe.text, sha256=sha256(recipe.text.encode()).hexdigest()),
+        calibration={} if rows is None else rows.describe(),
         plan=groups,
         files=files,
         totals=totals(source, plan, sum(file.bytes for name, file in files.items() if name.endswith(".safetensors"))),
@@ -47,7 +55,8 @@ def make_manifest(
     )
 
 
-def _source_files(source: Checkpoint) -> dict[str, StoredFile]:
+def source_files(source: Checkpoint) -> dict[str, StoredFile]:
+    """Return size and digest of every file of the source that its weights are read from, and of config.json."""
     names = ["config.json", *source.weight_files]
     if len(source.weight_files) > 1:
         names.append(INDEX)

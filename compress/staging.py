@@ -4,11 +4,13 @@ import contextlib
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 
+from pressd.compress.journal import NAME as JOURNAL
+from pressd.compress.journal import has_begun
 from pressd.runtime.artifact.errors import ArtifactError
 from pressd.runtime.artifact.manifest import FOLDER, is_artifact, read_manifest
 
@@ -16,19 +18,29 @@ _PARTIAL, _REPLACED = "partial", "replaced"
 
 
 @contextlib.contextmanager
-def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yield a new directory to fill; it becomes `out` at the end, or is removed if anything at all goes wrong.
+def staged(
+    out: Path, *, overwrite: bool, resume: Path | None = None, keeps: Callable[[], bool] | None = None
+) -> Iterator[Path]:
+    """Yield a directory to fill; it becomes `out` at the end, or is removed if anything at all goes wrong.
 
-    Raises ValueError as `check_target` does; it is asked again at the end, for the work between takes long.
+    It is new, or what `resume` names (see `unfinished`). Interrupted by the user, it stays if `keeps` says so. Raises
+    ValueError as `check_target` does; it is asked again at the end, for the work between takes long.
     """
     check_target(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = _sibling(out, _PARTIAL)
-    partial.mkdir()
+    if resume is None:
+        partial.mkdir()
+    else:
+        resume.replace(partial)  # under our number, so that nobody else takes it up
     try:
         yield partial
         check_target(out, overwrite=overwrite)
         _move(partial, out)
+    except KeyboardInterrupt:
+        if keeps is None or not keeps():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     except BaseException:
         # What went wrong first is what the user must see, not that its remains could not be removed.
         shutil.rmtree(partial, ignore_errors=True)
@@ -54,6 +66,18 @@ def leftovers(out: Path) -> list[Path]:
     """Return what runs for `out` that were killed have left beside it: unfinished work, and an artifact put aside."""
     found = (out.parent.glob(f"{glob.escape(out.name)}.{what}-*") for what in (_PARTIAL, _REPLACED))
     return [path for paths in found for path in sorted(paths) if not psutil.pid_exists(_pid(path))]
+
+
+def unfinished(out: Path) -> Path | None:
+    """Return the work of the run for `out` that was killed last and can be taken up, None if there is none."""
+    found = [path for path in leftovers(out) if path.name.startswith(f"{out.name}.{_PARTIAL}-") and has_begun(path)]
+    return max(found, key=lambda path: (path / FOLDER / JOURNAL).stat().st_mtime_ns, default=None)
+
+
+def sweep(folder: Path) -> None:
+    """Remove files that were being written when their process was killed: hidden ones, named for their place."""
+    for path in folder.glob(".*"):
+        path.unlink()
 
 
 def _pid(left: Path) -> int:

@@ -1,6 +1,7 @@
 """Text as rows of tokens of one length: what an evaluation reads."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,33 +45,54 @@ def read_rows(data: str, tokenizer_of: Checkpoint, *, tokens: int, seq_len: int)
             f"tokens is {tokens} and seq_len {seq_len}; seq_len must be at least 2, and tokens at least that"
         )
     text = corpus.load(data, SPLIT)
-    tokenizer = _load_tokenizer(tokenizer_of)
+    ids, num_tokens = cut_rows(text.documents, prepare(tokenizer_of), seq_len, limit=tokens // seq_len)
+    if len(ids) == 0:
+        raise ValueError(f"data {data}: {num_tokens} tokens do not fill one row of {seq_len}; give more text")
+    return TokenRows(name=text.name, sha256=text.sha256, ids=ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A tokenizer, and the vocabulary of the model that it is for."""
+
+    path: Path
+    tokenizer: Any
+    vocab_size: int
+
+
+def prepare(checkpoint: Checkpoint) -> Prepared:
+    """Load the tokenizer of a model; raises ValueError if it cannot be loaded."""
+    try:
+        tokenizer = load_tokenizer(checkpoint.tokenizer_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{checkpoint.path}: its tokenizer cannot be loaded ({reason})") from None
+    return Prepared(path=checkpoint.path, tokenizer=tokenizer, vocab_size=checkpoint.linear("lm_head").out_features)
+
+
+def cut_rows(
+    documents: tuple[str, ...], prepared: Prepared, seq_len: int, limit: int | None = None
+) -> tuple[Tensor, int]:
+    """Return documents, one after the other, as whole rows int64 [rows, seq_len], and how many tokens were read.
+
+    There are at most `limit` rows, and what lies behind them is not read. Every row begins with BOS if the tokenizer has one. Raises ValueError for ids outside of the vocabulary.
+    """
+    tokenizer = prepared.tokenizer
     prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     body = seq_len - len(prefix)
-    wanted = tokens // seq_len * body
     stream: list[int] = []
-    for document in text.documents:
-        if len(stream) > wanted:
+    for document in documents:
+        if limit is not None and len(stream) > limit * body:
             break
         # The length warning is about the model's context; rows are cut below it.
         stream += tokenizer.encode(document, verbose=False)
     if prefix and stream[:1] == prefix:
         del stream[0]  # the first row begins with it already
-    rows = min(len(stream), wanted) // body
-    if rows == 0:
-        raise ValueError(f"data {data}: {len(stream)} tokens do not fill one row of {seq_len}; give more text")
-    ids = torch.tensor([prefix + stream[row * body : (row + 1) * body] for row in range(rows)], dtype=torch.int64)
-    vocab_size = tokenizer_of.linear("lm_head").out_features
-    if int(ids.max()) >= vocab_size:
+    rows = len(stream) // body if limit is None else min(len(stream) // body, limit)
+    cut = [prefix + stream[row * body : (row + 1) * body] for row in range(rows)]
+    ids = torch.tensor(cut, dtype=torch.int64).reshape(rows, seq_len)
+    if rows and int(ids.max()) >= prepared.vocab_size:
         raise ValueError(
-            f"{tokenizer_of.path}: its tokenizer makes id {int(ids.max())}, its vocabulary has {vocab_size}"
+            f"{prepared.path}: its tokenizer makes id {int(ids.max())}, its vocabulary has {prepared.vocab_size}"
         )
-    return TokenRows(name=text.name, sha256=text.sha256, ids=ids)
-
-
-def _load_tokenizer(checkpoint: Checkpoint) -> Any:
-    try:
-        return load_tokenizer(checkpoint.tokenizer_path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{checkpoint.path}: its tokenizer cannot be loaded ({reason})") from None
+    return ids, len(stream)

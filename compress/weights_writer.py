@@ -4,6 +4,7 @@ So memory holds one tensor at a time, however large a file is. Inside a file wid
 itself orders them: then every tensor lies at a multiple of its item size, and readers can map it.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -91,17 +92,49 @@ class WeightsWriter:
         assert (tensor.dtype, tuple(tensor.shape)) == (planned.dtype, planned.shape), name
         assert tensor.device.type == "cpu", name
         if file not in self._open:
-            self._open[file] = (self._directory / file).open("wb")
+            # One that is there already has other tensors in it: from before this run was taken up.
+            is_there = (self._directory / file).is_file()
+            self._open[file] = (self._directory / file).open("r+b" if is_there else "wb")
             self._open[file].write(shard.header)
         stream = self._open[file]
         stream.seek(offset)
-        stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        stream.write(tensor_bytes(tensor))
         if shard.places:
             return False
         with self._open.pop(file):
             stream.flush()
             os.fsync(stream.fileno())
         return True
+
+    def sync(self) -> None:
+        """Wait until all that was written is on disk."""
+        for stream in self._open.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def take_over(self, name: str, sha256: str) -> Tensor:
+        """Return a tensor that an earlier run has written, and count it as written.
+
+        Raises ValueError if the file holds something else by now.
+        """
+        file = self._file_of[name]
+        planned, offset = self._shards[file].places.pop(name)
+        with (self._directory / file).open("rb") as stream:
+            stream.seek(offset)
+            data = bytearray(stream.read(planned.num_bytes))
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError(
+                f"cannot resume: {self._directory / file}: {name} is not what was written; press without --resume"
+            )
+        if not data:
+            return torch.empty(planned.shape, dtype=planned.dtype)
+        return torch.frombuffer(data, dtype=torch.uint8).view(planned.dtype).view(planned.shape)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor as they are stored."""
+    raw: memoryview = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    return raw
 
 
 class _Shard:

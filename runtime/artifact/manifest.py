@@ -67,7 +67,12 @@ class Recipe(_Part):
 
 
 class PlannedGroup(_Part):
-    """One fused group as stored. `bits` are stored bits per weight, `error` is ||W - W'|| / ||W|| (Frobenius)."""
+    """One fused group as stored. `bits` are stored bits per weight, `error` is ||W - W'|| / ||W|| (Frobenius).
+
+    `output_error` is the same of the outputs, for the inputs that the calibration text gave it; None without text.
+    `passes` are those that it went through, `notes` what a reader should know of how they went, and `fallback` what
+    was done instead of the last of them, and why.
+    """
 
     name: str
     members: tuple[str, ...]
@@ -75,6 +80,9 @@ class PlannedGroup(_Part):
     shape: tuple[Count, Count]
     bits: float
     error: float
+    output_error: float | None = None
+    passes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     fallback: str | None
     bytes: Count
 
@@ -93,13 +101,14 @@ class Totals(_Part):
 
 
 class Manifest(_Part):
-    """Everything known about one artifact."""
+    """Everything known about one artifact; `calibration` says which text was looked at, and is empty if none was."""
 
     schema_version: Annotated[Literal[1], Field(validation_alias="schema", serialization_alias="schema")]
     id: Digest
     tool: Tool
     source: Source
     recipe: Recipe
+    calibration: dict[str, object] = {}
     plan: tuple[PlannedGroup, ...]
     files: dict[FileName, StoredFile]
     totals: Totals

@@ -128,6 +128,13 @@ class Checkpoint:
         tensor: Tensor = self._open[shard].get_tensor(name)  # type: ignore[no-untyped-call]
         return tensor.clone() if tensor.nbytes < SMALL else tensor
 
+    def close(self) -> None:
+        """Let go of the files that are mapped; they are mapped anew when a tensor is asked for.
+
+        Tensors that are still held keep theirs.
+        """
+        self._open.clear()
+
     def linear(self, prefix: str) -> LinearSpec:
         """Return how the weight at `prefix` is stored; `lm_head` of a tied model is the embedding."""
         return self._specs[self._untied(prefix)]

@@ -35,6 +35,10 @@ class Attention:
     head_epsilon: float = 0.0
 
     def __call__(self, x_TH: Rows, rotations: Rotations, kv: LayerKV, batch: AttentionBatch) -> torch.Tensor:
+        return self.output(self.attend(x_TH, rotations, kv, batch))
+
+    def attend(self, x_TH: Rows, rotations: Rotations, kv: LayerKV, batch: AttentionBatch) -> torch.Tensor:
+        """Return what the heads have gathered, [T, num_heads * head_dim], before it is projected back."""
         query = self.kernels.rotate_and_write(
             self.qkv(x_TH),
             rotations.positions,
@@ -50,8 +54,7 @@ class Attention:
         )
         # Keys and values are read back from the pool, in its dtype, also within the chunk that wrote them: how a prompt
         # was cut into chunks cannot change the output.
-        attended = self.kernel.run(query.contiguous(), kv.keys, kv.values, batch, self.problem)
-        return self.output(attended.flatten(1))
+        return self.kernel.run(query.contiguous(), kv.keys, kv.values, batch, self.problem).flatten(1)
 
     def tensors(self) -> list[torch.Tensor]:
         gain = [] if self.head_gain is None else [self.head_gain]

@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from pressd.runtime.artifact.families import FusedGroup
 from pressd.runtime.artifact.families import Linear as StoredLinear
-from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.artifact.specs import Chain, LinearSpec, Masked, Packed, Sum, child_tensors
 from pressd.runtime.kernels.catalogue import linear_kernels
 from pressd.runtime.kernels.integer_codes import INPUT_SCALE
@@ -21,6 +21,22 @@ from pressd.runtime.report import KernelChoice
 
 # Describes the shape of the stored weight, not its values; the problem carries the shape already.
 _NOT_ROWS = "weight_shape"
+
+
+class WeightSource(Protocol):
+    """Where weights come from, by the names and prefixes of Hugging Face: a checkpoint, or what was just made."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor that is no linear's weight."""
+        ...
+
+    def linear(self, prefix: str) -> LinearSpec:
+        """Return how the weight at `prefix` is stored."""
+        ...
+
+    def linear_tensors(self, prefix: str) -> Tensors:
+        """Return the stored tensors of the weight at `prefix` by suffix."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +54,9 @@ class _Part:
 
 @dataclass(slots=True, kw_only=True)
 class LinearLoader:
-    """Loads linears of one checkpoint for one device and remembers which kernels were chosen."""
+    """Loads linears from one source for one device and remembers which kernels were chosen."""
 
-    checkpoint: Checkpoint
+    checkpoint: WeightSource
     device: Device
     dtype: torch.dtype
     prefer: Preference

@@ -55,6 +55,33 @@ class Block:
         return [tensor for part in parts for tensor in part.tensors()]
 
 
+def independent(
+    num_sequences: int, length: int, device: torch.device, *, pages: bool
+) -> tuple[AttentionBatch, torch.Tensor, tuple[int, int]]:
+    """Return a step of whole new sequences of one length: the batch, positions int64 [T], and the pool it needs.
+
+    The pool is given as (blocks, block size); `pages` is for kernels that follow block tables.
+    """
+    block_size = PAGE if pages else length
+    blocks = -(-length // block_size)
+    runs = tuple(
+        QueryRun(
+            start=index * length,
+            length=length,
+            kv_length=length,
+            block_table=range(index * blocks, (index + 1) * blocks),
+            first_block=index * blocks,
+        )
+        for index in range(num_sequences)
+    )
+    sequences = torch.arange(num_sequences, device=device)[:, None] * (blocks * block_size)
+    slots = (sequences + torch.arange(length, device=device)).flatten()
+    decoding, prompts = page(runs, block_size, device) if pages else (None, None)
+    batch = AttentionBatch(runs=runs, slot_mapping=slots, decoding=decoding, prompts=prompts)
+    positions = torch.arange(length, device=device).repeat(num_sequences)
+    return batch, positions, (num_sequences * blocks, block_size)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
     """Token ids to hidden states to logits; keys and values live in a pool that the caller owns."""
@@ -121,24 +148,8 @@ class Decoder:
         """Return [B, T, H] after the final norm for B independent sequences int64 [B, T], without a cache to keep."""
         num_sequences, length = token_ids_BT.shape
         # One pool for all layers: a layer's KV is dead once it has run. Whoever reads views has one block a sequence.
-        block_size = PAGE if self.reads_tables else length
-        blocks = -(-length // block_size)
-        scratch = self.new_kv(num_sequences * blocks, block_size)
-        runs = tuple(
-            QueryRun(
-                start=index * length,
-                length=length,
-                kv_length=length,
-                block_table=range(index * blocks, (index + 1) * blocks),
-                first_block=index * blocks,
-            )
-            for index in range(num_sequences)
-        )
-        sequences = torch.arange(num_sequences, device=self.device)[:, None] * (blocks * block_size)
-        slots = (sequences + torch.arange(length, device=self.device)).flatten()
-        decoding, prompts = page(runs, block_size, self.device) if self.reads_tables else (None, None)
-        batch = AttentionBatch(runs=runs, slot_mapping=slots, decoding=decoding, prompts=prompts)
-        positions = torch.arange(length, device=self.device).repeat(num_sequences)
+        batch, positions, kv_shape = independent(num_sequences, length, self.device, pages=self.reads_tables)
+        scratch = self.new_kv(*kv_shape)
         flat = token_ids_BT.to(self.device).flatten()
         hidden = self.forward(flat, positions, [scratch] * len(self.blocks), batch)
         return hidden.view(num_sequences, length, -1)

@@ -63,6 +63,30 @@ def load_decoder(
     """
     config = decoder_config(checkpoint)
     loader = LinearLoader(checkpoint=checkpoint, device=describe_device(device), dtype=dtype, prefer=prefer)
+    layers, choices = choose_kernels(config, loader.device, dtype, prefer)
+    groups = {group.name: group for group in checkpoint.model.groups()}
+    embedding = loader.load_embedding(groups[EMBED])
+    blocks = tuple(load_block(loader, groups, index, config, kernels) for index, kernels in enumerate(layers))
+    head = embedding.as_head() if checkpoint.model.tied else loader.load(groups[LM_HEAD])
+    return Decoder(
+        config=config,
+        device=device,
+        dtype=dtype,
+        embedding=embedding,
+        rotary=Rotary(config.rope, config.head_dim, config.max_context, device, dtype),
+        pointwise=layers[0].pointwise,
+        blocks=blocks,
+        final_norm=_load_norm(loader, config.final_norm, config, layers[0].pointwise),
+        head=head,
+        kernels=(*loader.choices(), *choices),
+        unfused_groups=loader.unfused_groups,
+    )
+
+
+def choose_kernels(
+    config: DecoderConfig, device: Device, dtype: torch.dtype, prefer: Preference
+) -> tuple[list[Kernels], tuple[KernelChoice, ...]]:
+    """Return what each layer runs on besides its linears' kernels, and the choices as they are reported."""
     problems = [
         AttentionProblem(
             num_heads=config.num_heads,
@@ -73,28 +97,10 @@ def load_decoder(
         )
         for window in config.windows
     ]
-    attention, attention_choices = choose_attention(problems, loader.device, prefer)
-    pointwise, pointwise_choice = choose_pointwise(dtype, loader.device, prefer, len(problems))
-    groups = {group.name: group for group in checkpoint.model.groups()}
-    embedding = loader.load_embedding(groups[EMBED])
-    blocks = tuple(
-        _load_block(loader, groups, index, config, Kernels(problem, attention[problem], pointwise))
-        for index, problem in enumerate(problems)
-    )
-    head = embedding.as_head() if checkpoint.model.tied else loader.load(groups[LM_HEAD])
-    return Decoder(
-        config=config,
-        device=device,
-        dtype=dtype,
-        embedding=embedding,
-        rotary=Rotary(config.rope, config.head_dim, config.max_context, device, dtype),
-        pointwise=pointwise,
-        blocks=blocks,
-        final_norm=_load_norm(loader, config.final_norm, config, pointwise),
-        head=head,
-        kernels=(*loader.choices(), *attention_choices, *pointwise_choice),
-        unfused_groups=loader.unfused_groups,
-    )
+    attention, attention_choices = choose_attention(problems, device, prefer)
+    pointwise, pointwise_choice = choose_pointwise(dtype, device, prefer, len(problems))
+    layers = [Kernels(problem, attention[problem], pointwise) for problem in problems]
+    return layers, (*attention_choices, *pointwise_choice)
 
 
 def choose_attention(
@@ -128,13 +134,14 @@ def _refusal(problem: AttentionProblem, device: Device, kernel: AttentionKernel)
     return kernel.why_not(problem, device)
 
 
-def _load_block(
+def load_block(
     loader: LinearLoader,
     groups: Mapping[str, FusedGroup],
     index: int,
     config: DecoderConfig,
     kernels: Kernels,
 ) -> Block:
+    """Load one layer from the loader's source; `groups` by name hold at least that layer's."""
     qkv, o, gate_up, down = (loader.load(groups[f"layers.{index}.{kind}"]) for kind in GROUP_KINDS)
     return Block(
         input_norm=_load_norm(loader, config.input_norm.format(index), config, kernels.pointwise),

@@ -81,9 +81,10 @@ def test_there_is_a_journal_line_and_a_call_per_block(tiny_llama: Path, tmp_path
         ("layers.1", 3, 4),
         ("head", 4, 4),
     ]
-    lines = [json.loads(line) for line in (tmp_path / "out/pressd/journal.jsonl").read_text().splitlines()]
+    first, *lines = [json.loads(line) for line in (tmp_path / "out/pressd/journal.jsonl").read_text().splitlines()]
+    assert list(first) == ["fingerprint"]
     assert [line["block"] for line in lines] == [block.block for block in told]
-    assert {tuple(line) for line in lines} == {("block", "groups")}
+    assert {tuple(line) for line in lines} == {("block", "groups", "sha256")}
     assert [group["name"] for line in lines for group in line["groups"]] == [group.name for group in manifest.plan]
 
 

@@ -89,7 +89,15 @@ def test_what_a_pattern_is_about(pattern: str, name: str, matches: bool) -> None
         ('[calibration]\ntokns = 1\n[scheme]\n"*" = "w8a8"', "calibration.tokns: Extra inputs are not permitted"),
         ('[calibration]\ntokens = 0\n[scheme]\n"*" = "w8a8"', "calibration.tokens: Input should be greater than"),
         ('[gates]\nkl = 1\n[scheme]\n"*" = "w8a8"', "gates.kl: Extra inputs are not permitted"),
-        ('[[pass]]\nuse = "gptq"\ndamp = 0.01\n[scheme]\n"*" = "w8a8"', "pass 'gptq' is not known; known now: rtn"),
+        ('[[pass]]\nuse = "gptp"\n[scheme]\n"*" = "w8a8"', "pass 'gptp' is not known; known now: rtn, gptq, awq, "),
+        ('[[pass]]\ndamp = 0.01\n[scheme]\n"*" = "w8a8"', "pass None is not known; known now: rtn, gptq, awq, "),
+        ('[[pass]]\nuse = "gptq"\ndamp = 0\n[scheme]\n"*" = "w8a8"', "pass 'gptq': damp: Input should be greater"),
+        (
+            '[[pass]]\nuse = "gptq"\nstep = 1\n[scheme]\n"*" = "w8a8"',
+            "pass 'gptq' has no option 'step'; its options: act",
+        ),
+        ('[[pass]]\nuse = "gptq"\n[[pass]]\nuse = "gptq"\n[scheme]\n"*" = "w8a8"', "pass 'gptq' is there twice"),
+        ('[[pass]]\nuse = "gptq"\n[[pass]]\nuse = "rtn"\n[scheme]\n"*" = "w8a8"', "both round weights; choose one"),
         ('[[pass]]\nuse = "rtn"\ndamp = 0.01\n[scheme]\n"*" = "w8a8"', "pass 'rtn' has no option 'damp'"),
     ],
 )

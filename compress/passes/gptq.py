@@ -1,0 +1,94 @@
+"""GPTQ: rounds column by column and lets the columns that follow make up for it.
+
+Frantar et al. 2023, https://arxiv.org/abs/2210.17323, section 3. R rows, C columns. Rows that read the same inputs
+share one Hessian and are swept together: q, k and v, gate and up. With `act_order` columns go in falling order of
+their inputs' energy while groups keep their natural columns, so nothing is permuted when the weight is read.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pressd.compress.grid import Columns
+
+BLOCK = 128
+_TRIES = 4
+_MORE_DAMP = 10.0
+
+
+class SingularError(Exception):
+    """The Hessian has no Cholesky factor, however much it was damped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounded:
+    """Codes [R, C] as float, and the part of the mean diagonal that had to be added to the Hessian."""
+
+    codes: Tensor
+    damp: float
+
+
+def gptq(weight: Tensor, gram: Tensor, levels: Columns, *, damp: float, act_order: bool) -> Rounded:
+    """Round weight [R, C] to `levels` so that outputs for inputs of this gram [C, C] change least.
+
+    Dead inputs (zero on the diagonal) take no part: their weights go to the nearest level of zero. Where the Hessian
+    turns out to be singular, damping grows tenfold up to three times. Raises SingularError after that.
+    """
+    energy = gram.diagonal()
+    dead = energy == 0
+    order = energy.argsort(descending=True, stable=True) if act_order else torch.arange(len(energy), device=gram.device)
+    weight = weight.masked_fill(dead, 0)[:, order]
+    hessian = gram[order][:, order]
+    hessian.diagonal().masked_fill_(dead[order], 1)
+    upper, damp = _inverse_factor(hessian, damp)
+    codes = _sweep(weight, upper, levels[:, order])
+    return Rounded(codes=torch.empty_like(codes).index_copy_(1, order, codes), damp=damp)
+
+
+def match_source(weight: Tensor, gram: Tensor, cross: Tensor, *, damp: float) -> Tensor:
+    """Return the weight [R, C] whose outputs for the pressed model's inputs x are closest to the source's own outputs.
+
+    `cross` [C, C] is the mean of y^T x, with y what the source's inputs would be, `gram` the mean of x^T x: so errors
+    of the layers before are made up for as well (Li et al. 2025, "GPTAQ", https://arxiv.org/abs/2504.02692). What is
+    asked for is the least-squares solution W C (G + damping)^-1, written as a change of W. Raises SingularError.
+    """
+    damped = gram.clone()
+    damped.diagonal().add_(damp * gram.diagonal().mean())
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if bool(failed):
+        raise SingularError
+    change = torch.cholesky_solve((cross - gram).T.contiguous(), lower).T
+    return weight + weight @ change
+
+
+def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
+    """Return U, upper, with U^T U the inverse of the damped Hessian; and the damping that it took."""
+    mean = hessian.diagonal().mean()
+    for attempt in range(_TRIES):
+        part = damp * _MORE_DAMP**attempt
+        damped = hessian.clone()
+        damped.diagonal().add_(part * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not bool(failed) and bool(torch.isfinite(upper).all()):
+                return upper, part
+    raise SingularError
+
+
+def _sweep(weight: Tensor, upper: Tensor, levels: Columns) -> Tensor:
+    """Round the columns from left to right; what is not exact moves on into those to the right."""
+    num_columns = weight.size(1)
+    codes = torch.empty_like(weight)
+    for start in range(0, num_columns, BLOCK):
+        end = min(start + BLOCK, num_columns)
+        errors = torch.empty(weight.size(0), end - start, dtype=weight.dtype, device=weight.device)
+        for column in range(start, end):
+            part, own = levels[:, column], weight[:, column]
+            codes[:, column] = part.codes(own)
+            errors[:, column - start] = (own - part.values(codes[:, column])) / upper[column, column]
+            weight[:, column + 1 : end] -= torch.outer(errors[:, column - start], upper[column, column + 1 : end])
+        weight[:, end:] -= errors @ upper[start:end, end:]
+    return codes

@@ -1,0 +1,59 @@
+"""Which passes a group goes through, and whether all that a recipe names have something to do."""
+
+from collections.abc import Sequence
+
+from pressd.compress.group_plan import GroupPlan
+from pressd.compress.pass_options import Awq, Gptq, Round, Rtn, Smooth, Static
+from pressd.compress.recipe import Recipe
+from pressd.runtime.artifact.families import LM_HEAD
+from pressd.runtime.artifact.specs import Packed
+
+# What smooth can move size into: groups behind a norm.
+_BEHIND_NORMS = ("qkv", "gate_up")
+
+
+def passes_of(group: GroupPlan, recipe: Recipe) -> tuple[str, ...]:
+    """Return the names of the passes that a group goes through, in their order."""
+    if not group.is_pressed:
+        return ()
+    if not group.is_rounded_with_text:
+        return ("rtn",)
+    in_layer = group.group.name != LM_HEAD
+    names = []
+    if recipe.pass_of(Smooth) and group.group.kind in _BEHIND_NORMS:
+        names.append("smooth")
+    if recipe.pass_of(Awq) and in_layer:
+        names.append("awq")
+    names.append("gptq" if recipe.pass_of(Gptq) else "rtn")
+    if recipe.pass_of(Round) and in_layer:
+        names.append("round")
+    if _is_static(group):
+        names.append("static")
+    return tuple(names)
+
+
+def check_passes(recipe: Recipe, groups: Sequence[GroupPlan]) -> None:
+    """Refuse passes that nothing is left to do for, and static activations without the pass that measures them."""
+    used = {name for group in groups for name in passes_of(group, recipe)}
+    static = recipe.pass_of(Static)
+    if static is not None and static.kv is not None:
+        used.add("static")
+    for options in recipe.passes:
+        if options.use not in used and not isinstance(options, Rtn):
+            raise ValueError(f"recipe: pass {options.use!r} has nothing to do: {_why_idle(options.use)}")
+    for group in groups:
+        if static is None and _is_static(group):
+            raise ValueError(
+                f"recipe: {group.group.name}: {group.scheme} has static activations, which the pass 'static' measures; "
+                f"add it, or choose {group.scheme.removesuffix('-static')}"
+            )
+
+
+def _why_idle(name: str) -> str:
+    if name == "static":
+        return "no group has a scheme with static activations, and kv is not set"
+    return "no group is stored as plain integers or 8-bit floats"
+
+
+def _is_static(group: GroupPlan) -> bool:
+    return any(isinstance(spec, Packed) and spec.static_activations for spec in group.specs.values())

@@ -1,0 +1,140 @@
+"""Presses one layer of the decoder with statistics of its inputs, group by group in the order in which they run."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from pressd.compress.block_work import WORK, BlockWork
+from pressd.compress.cost import Clock
+from pressd.compress.equalise_layer import equalise
+from pressd.compress.group_plan import GroupPlan
+from pressd.compress.observers import OBSERVERS
+from pressd.compress.pass_options import Awq, Gptq, Smooth, Static
+from pressd.compress.plan import Plan
+from pressd.compress.planned_group import Loss, planned_group
+from pressd.compress.press_linear import press_linear
+from pressd.compress.quantise_group import encode_members, quantise
+from pressd.compress.rows import squared_norms
+from pressd.compress.statistics import Statistics, Wanted, gather
+from pressd.compress.streams import LayerPass
+from pressd.runtime.artifact.manifest import PlannedGroup
+from pressd.runtime.artifact.specs import Packed
+from pressd.runtime.kernels.fp8 import format as fp8
+from pressd.runtime.models.loading import GROUP_KINDS
+
+# Where a static scale's largest value goes, by the type of the codes.
+_ENDS = {"int8": 127.5, fp8.NAME: fp8.LARGEST}
+
+
+def press_layer(
+    layer: LayerPass, source: LayerPass | None, work: BlockWork, plan: Plan, clock: Clock
+) -> list[PlannedGroup]:
+    """Press every group of a layer; `layer` is at its end afterwards, and `work` holds what is to be stored.
+
+    `source` is the same layer as it was, over streams of its own, if passes compare with it. Raises ValueError if
+    inputs are not finite.
+    """
+    done = []
+    for kind in GROUP_KINDS:
+        group = work.group(kind)
+        with clock.scheme(group.scheme):
+            if plan.recipe.pass_of(Smooth) or plan.recipe.pass_of(Awq):
+                with clock.step("equalise"):
+                    equalise(layer, work, kind, plan)
+            theirs = None if source is None else _divided(source.inputs(kind), work.divisor(group))
+            statistics = collect(layer.inputs(kind), layer.num_lanes, group, plan, clock, theirs)
+            done.append(press_group(work, group, statistics, plan, clock))
+        with clock.step("forward"):
+            layer.advance(kind)
+            if source is not None:
+                source.advance(kind)
+    return done
+
+
+def _divided(inputs: Iterable[tuple[int, Tensor]], divisor: Tensor | None) -> Iterator[Tensor]:
+    """The source's inputs as they would be if they had been rescaled like ours."""
+    for _, x in inputs:
+        yield x if divisor is None else x / divisor.to(x.device)
+
+
+def collect(
+    inputs: Iterable[tuple[int, Tensor]],
+    num_lanes: int,
+    group: GroupPlan,
+    plan: Plan,
+    clock: Clock,
+    source: Iterable[Tensor] | None = None,
+) -> Statistics | None:
+    """Return what pressing this group needs to know of its inputs, None if that is nothing."""
+    wanted = _wanted(group, plan)
+    if wanted.nothing:
+        return None
+    with clock.step("statistics"):
+        return gather(inputs, num_lanes, wanted, group.group.name, source)
+
+
+def press_group(
+    work: BlockWork, group: GroupPlan, statistics: Statistics | None, plan: Plan, clock: Clock
+) -> PlannedGroup:
+    """Decide how every member of a group is stored and hand that to `work`."""
+    packed = [spec for spec in group.specs.values() if isinstance(spec, Packed) and not spec.is_dense]
+    if statistics is None or len(packed) < len(group.specs):
+        return _press_without_text(work, group, plan)
+    weight = work.weight(group)
+    gptq = plan.recipe.pass_of(Gptq)
+    device = statistics.gram.device if statistics.gram is not None else weight.device
+    with clock.step("gptq" if gptq else "rtn"):
+        found = quantise(weight.to(device), packed, statistics, gptq, clip=_clips(plan), dtype=plan.dtype)
+        input_scale = _input_scale(packed[0], statistics, plan)
+        stored = encode_members(found, packed, input_scale)
+    norms = squared_norms(weight, lambda rows, wide: found.values[rows].cpu().to(wide))
+    for prefix, tensors in zip(group.specs, stored, strict=True):
+        work.store(prefix, tensors)
+    return planned_group(
+        group,
+        plan.dtype,
+        Loss(lost=norms[0], total=norms[1], output_error=found.output_error),
+        passes=plan.passes_of(group),
+        fallback=found.fallback,
+        notes=(*work.notes[group.group.name], *found.notes),
+    )
+
+
+def _press_without_text(work: BlockWork, group: GroupPlan, plan: Plan) -> PlannedGroup:
+    lost = total = 0.0
+    for prefix, spec in group.specs.items():
+        weight = work.member(prefix)
+        tensors, norms = press_linear(weight, weight.to(plan.dtype), spec)
+        work.store(prefix, tensors)
+        lost, total = lost + norms[0], total + norms[1]
+    return planned_group(
+        group,
+        plan.dtype,
+        Loss(lost=lost, total=total),
+        passes=plan.passes_of(group),
+        notes=tuple(work.notes[group.group.name]),
+    )
+
+
+def _wanted(group: GroupPlan, plan: Plan) -> Wanted:
+    spec = next(iter(group.specs.values()))
+    if not isinstance(spec, Packed) or spec.is_dense:
+        return Wanted()
+    return Wanted(gram=True, histogram=spec.static_activations)
+
+
+def _clips(plan: Plan) -> bool:
+    """Whether the ends of grids are searched; a pass that says nothing of it leaves them at the largest weight."""
+    return any(options.clip for options in (plan.recipe.pass_of(Gptq), plan.recipe.pass_of(Awq)) if options)
+
+
+def _input_scale(spec: Packed, statistics: Statistics, plan: Plan) -> Tensor | None:
+    if not spec.static_activations:
+        return None
+    options = plan.recipe.pass_of(Static)
+    assert options is not None, "the plan asks for the pass that static activations need"
+    assert statistics.histogram is not None
+    threshold = OBSERVERS[options.observer](statistics.histogram, options.percentile)
+    scale = torch.tensor([threshold / _ENDS[spec.storage]], dtype=WORK).to(plan.dtype)
+    return scale.clamp_min(torch.finfo(plan.dtype).tiny)

@@ -1,0 +1,202 @@
+"""The calibration tokens on their way through the model: one batch of rows after the other, on one device or several.
+
+A layer is gone through stage by stage: what reads the inputs of a fused group comes first, then the group is pressed,
+then its pressed form makes the inputs of the next. So every group is fitted to the inputs that it will really have, and
+all of it costs little more than one forward pass.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pressd.compress.block_work import BlockWork
+from pressd.runtime.artifact.families import FusedGroup
+from pressd.runtime.kernels.attention.batch import AttentionBatch
+from pressd.runtime.kernels.registry import Preference, describe_device
+from pressd.runtime.layers.attention import LayerKV
+from pressd.runtime.layers.linear import LinearLayer
+from pressd.runtime.layers.linear_loader import LinearLoader
+from pressd.runtime.layers.norm import RMSNorm
+from pressd.runtime.layers.rotary import Rotary
+from pressd.runtime.models.config import DecoderConfig
+from pressd.runtime.models.decoder import Block, independent
+from pressd.runtime.models.loading import Kernels, choose_kernels, load_block
+
+# Tokens that run through a layer at once.
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Lane:
+    """What a device needs to run any layer: `layers` are the kernels of each."""
+
+    device: torch.device
+    dtype: torch.dtype
+    prefer: Preference
+    layers: tuple[Kernels, ...]
+    rotary: Rotary
+
+    @classmethod
+    def open(
+        cls, config: DecoderConfig, device: torch.device, dtype: torch.dtype, seq_len: int, prefer: Preference = "fast"
+    ) -> "Lane":
+        """Choose kernels for a device."""
+        layers, _ = choose_kernels(config, describe_device(device), dtype, prefer)
+        rotary = Rotary(config.rope, config.head_dim, seq_len, device, dtype)
+        return cls(device=device, dtype=dtype, prefer=prefer, layers=tuple(layers), rotary=rotary)
+
+    def loader(self, work: BlockWork) -> LinearLoader:
+        """Return what loads a block's linears for this device as they are now."""
+        return LinearLoader(checkpoint=work, device=describe_device(self.device), dtype=self.dtype, prefer=self.prefer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where the tokens of a batch stand: the step they make, their positions, and the pool that they fill."""
+
+    batch: AttentionBatch
+    positions: Tensor
+    kv_shape: tuple[int, int]
+
+
+@dataclass(slots=True, kw_only=True)
+class Stream:
+    """Some rows of tokens: the residual stream `x` [T, H] on the way, and what attention has gathered of it."""
+
+    lane: Lane
+    places: Places
+    x: Tensor
+    attended: Tensor | None = None
+
+
+def open_streams(ids_RT: Tensor, lanes: Sequence[Lane], embedding: Tensor) -> list[Stream]:
+    """Return streams of all rows int64 [R, T], dealt to the lanes in turn, as embedding [V, H] starts them."""
+    num_rows, length = ids_RT.shape
+    each = max(1, min(BATCH_TOKENS // length, -(-num_rows // len(lanes))))
+    places: dict[tuple[int, int], Places] = {}
+    streams = []
+    for number, rows in enumerate(torch.split(ids_RT, each)):
+        lane_number = number % len(lanes)
+        lane = lanes[lane_number]
+        key = (lane_number, len(rows))
+        if key not in places:
+            pages = lane.layers[0].attention.reads_tables and not lane.layers[0].pointwise.selects_rotations
+            batch, positions, kv_shape = independent(len(rows), length, lane.device, pages=pages)
+            places[key] = Places(batch=batch, positions=positions, kv_shape=kv_shape)
+        x = embedding[rows.flatten()].to(lane.device, lane.dtype)
+        streams.append(Stream(lane=lane, places=places[key], x=x))
+    return streams
+
+
+def lanes_of(streams: Sequence[Stream]) -> list[Lane]:
+    """Return the lanes that streams are on, each once."""
+    return list({id(stream.lane): stream.lane for stream in streams}.values())
+
+
+def final_inputs(config: DecoderConfig, gain: Tensor, streams: Sequence[Stream]) -> Iterator[tuple[int, Tensor]]:
+    """Yield (number of the lane, inputs [T, H]) of the head for every stream; `gain` is the final norm's."""
+    lanes = lanes_of(streams)
+    for stream in streams:
+        kernels = stream.lane.layers[-1].pointwise
+        own = gain.to(stream.lane.device, stream.lane.dtype)
+        norm = RMSNorm(gain=own, epsilon=config.norm_epsilon, kernels=kernels)
+        yield lanes.index(stream.lane), norm(stream.x)
+
+
+class LayerPass:
+    """One layer over all streams, a stage at a time; kinds of groups are qkv, o, gate_up and down, in this order."""
+
+    def __init__(self, config: DecoderConfig, index: int, work: BlockWork, streams: Sequence[Stream]) -> None:
+        self._config = config
+        self._index = index
+        self._work = work
+        self._streams = streams
+        self._groups: dict[str, FusedGroup] = {group.group.name: group.group for group in work.plan.groups}
+        self._lanes = lanes_of(streams)
+        self._blocks: dict[int, Block] = {}
+        self.reload()
+
+    def reload(self) -> None:
+        """Load the whole layer as it is now."""
+        for lane in self._lanes:
+            kernels = lane.layers[self._index]
+            block = load_block(lane.loader(self._work), self._groups, self._index, self._config, kernels)
+            self._blocks[id(lane)] = block
+
+    def inputs(self, kind: str) -> Iterator[tuple[int, Tensor]]:
+        """Yield (number of the lane, inputs [T, C]) of a group for every stream, as the stages before it are now."""
+        for stream in self._streams:
+            yield self._lanes.index(stream.lane), self._inputs(kind, stream)
+
+    def advance(self, kind: str) -> None:
+        """Go on with a group in its final form, as the work has it."""
+        self._reload_group(kind)
+        for stream in self._streams:
+            block = self._blocks[id(stream.lane)]
+            if kind == "qkv":
+                stream.attended = self._attend(stream)
+            elif kind == "o":
+                stream.x = stream.x + block.attention.output(self._inputs("o", stream))
+                stream.attended = None
+            elif kind == "down":
+                stream.x = stream.x + block.mlp.down(self._inputs("down", stream))
+
+    def keys_and_values(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the rotated keys and the values of every stream, as attention will find them."""
+        for stream in self._streams:
+            kv = self._pool(stream)
+            self._attend(stream, kv)
+            yield kv.keys, kv.values
+
+    @property
+    def num_lanes(self) -> int:
+        """Devices that streams are on."""
+        return len(self._lanes)
+
+    def _inputs(self, kind: str, stream: Stream) -> Tensor:
+        block = self._blocks[id(stream.lane)]
+        if kind == "qkv":
+            return block.input_norm(stream.x)
+        if kind == "o":
+            return self._attend(stream) if stream.attended is None else stream.attended
+        normed = block.post_attention_norm(stream.x)
+        if kind == "gate_up":
+            return normed
+        gated = block.mlp.kernels.silu_mul(block.mlp.gate_up(normed), None)
+        assert isinstance(gated, Tensor)
+        return gated
+
+    def _attend(self, stream: Stream, kv: LayerKV | None = None) -> Tensor:
+        block = self._blocks[id(stream.lane)]
+        rotations = stream.lane.rotary.of(
+            stream.places.positions, select=stream.lane.layers[self._index].pointwise.selects_rotations
+        )
+        normed = block.input_norm(stream.x)
+        return block.attention.attend(normed, rotations, kv or self._pool(stream), stream.places.batch)
+
+    def _pool(self, stream: Stream) -> LayerKV:
+        shape = (*stream.places.kv_shape, self._config.num_kv_heads, self._config.head_dim)
+        keys = torch.empty(shape, dtype=stream.lane.dtype, device=stream.lane.device)
+        return LayerKV(keys=keys, values=torch.empty_like(keys))
+
+    def _reload_group(self, kind: str) -> None:
+        group = self._groups[f"layers.{self._index}.{kind}"]
+        for lane in self._lanes:
+            block = self._blocks[id(lane)]
+            self._blocks[id(lane)] = _with_linear(block, kind, lane.loader(self._work).load(group))
+
+
+def _with_linear(block: Block, kind: str, linear: LinearLayer) -> Block:
+    """The same layer with another linear for a group."""
+    match kind:
+        case "qkv":
+            return dataclasses.replace(block, attention=dataclasses.replace(block.attention, qkv=linear))
+        case "o":
+            return dataclasses.replace(block, attention=dataclasses.replace(block.attention, output=linear))
+        case "gate_up":
+            return dataclasses.replace(block, mlp=dataclasses.replace(block.mlp, gate_up=linear))
+    assert kind == "down"
+    return dataclasses.replace(block, mlp=dataclasses.replace(block.mlp, down=linear))
