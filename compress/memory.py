@@ -5,12 +5,13 @@ type, k = min(out, in), s bytes stored. What each step of press_linear and decod
 source not counted:
 
     cast       i n, held throughout, where the source has another precision
-    packed     2 n + scales, pieces being joined; for packed_int 5 n, codes made unsigned in 16 bits; zero points, of a
-               byte each until they are packed, count as scales
+    packed     2 n + scales, pieces being joined; for packed_int 5 n + scales, codes made unsigned in 16 bits; zero
+               points, of a byte each until they are packed, count as scales
     masked     (8 + 2 i) n, magnitudes sorted in fours with their positions in int64
     chain      w (2 n + k (out + in) + 4 k^2), an SVD: its input, a copy, U and V, LAPACK's workspace
     sum        the base as stored, and the SVD of what it lost
-    decoding   into w bytes: packed_int w n + n, int8 w n, masked 1.5 w n + n, chain w n, sum 3 w n
+    decoding   into w bytes: packed_int w n + n and 1 + w for each zero point, int8 w n, masked 1.5 w n + n, chain w n,
+               sum 3 w n
 
 Comparing with the source widens pieces of a million numbers. Beside these the last pressed linear of an unfinished file
 is kept as it is stored, and read once more when its file is complete (reread.py).
@@ -82,7 +83,8 @@ def decode_bytes(spec: LinearSpec, dtype: torch.dtype, wide: torch.dtype) -> int
     size, w = _size(spec), wide.itemsize
     match spec:
         case Packed():
-            return (size * w if not spec.is_dense or dtype != wide else 0) + _codes_apart(spec)
+            zero_points = 0 if spec.symmetric else math.prod(spec.layout(dtype)["weight_scale"][1]) * (1 + w)
+            return (size * w if not spec.is_dense or dtype != wide else 0) + _codes_apart(spec) + zero_points
         case Masked():
             return decode_bytes(spec.values, dtype, wide) - _codes_apart(spec.values) + size + size * w
         case Chain():
@@ -100,7 +102,8 @@ def _pressing(spec: LinearSpec, dtype: torch.dtype) -> int:
         case Packed():
             if spec.is_dense:
                 return 0
-            return max(2 * (size + _scales(spec, dtype)), 5 * size if spec.storage == packed_int.NAME else 0)
+            scales = _scales(spec, dtype)
+            return max(2 * (size + scales), 5 * size + scales if spec.storage == packed_int.NAME else 0)
         case Masked():
             kept = size + _size(spec.values) * dtype.itemsize
             return max((8 + 2 * dtype.itemsize) * size, kept + _pressing(spec.values, dtype))

@@ -153,7 +153,10 @@ def _offsets(
     half = 2.0 ** (problem.bits - nibbles.NIBBLE - 1) if problem.bits > nibbles.NIBBLE else 0.0
     if problem.symmetric:
         return scale * half if half else 0.0, 0.0
-    exact = scale.float() * (half - packed["zero_point"][:, tile.rows])
+    zero_point = packed["zero_point"][:, tile.rows].to(torch.bfloat16)
+    if not half:
+        return zero_point.neg_().mul_(scale), 0.0
+    exact = scale.float() * (half - zero_point)
     upper = exact.to(torch.bfloat16)
     return upper, exact - upper
 

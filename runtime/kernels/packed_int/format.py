@@ -60,12 +60,12 @@ def decode(tensors: dict[str, Tensor], bits: int, group_size: int | None, dtype:
 
 def pack_zero_points(zero_point: Tensor, bits: int) -> Tensor:
     """Pack signed zero points int8 [out, groups] into int32 [ceil(out * bits / 32), groups]."""
-    return pack(zero_point.T, bits).T.contiguous()
+    return _transposed(pack(zero_point.T, bits))
 
 
 def unpack_zero_points(packed: Tensor, bits: int, out_features: int) -> Tensor:
     """Return the signed zero points int8 [out, groups] of words int32 [ceil(out * bits / 32), groups]."""
-    return unpack(packed.T, bits, out_features).T.contiguous()
+    return _transposed(unpack(packed.T, bits, out_features))
 
 
 def join_zero_points(parts: Sequence[Tensor], bits: int, out_features: Sequence[int]) -> Tensor:
@@ -106,6 +106,11 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
             value = (value & ((1 << in_word) - 1)) | (runs[..., word + 1] << in_word)
         codes[..., element] = (value & mask) - (1 << (bits - 1))
     return codes.flatten(1)[:, :in_features].contiguous()
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    # Not contiguous(): of a matrix with one column that would keep the strides of a row.
+    return matrix.T.clone(memory_format=torch.contiguous_format)
 
 
 def _num_words(in_features: int, bits: int) -> int:
