@@ -88,6 +88,13 @@ def test_anything_else_is_refused_with_what_is_known(text: str) -> None:
     [
         ("bf16+residual4", "bf16 loses nothing that a residual could correct; write bf16"),
         ("sparse24:w8a8", "sparse24 weights meet 16-bit activations only; write a16"),
+        ("w4a8-asym", "zero points meet 16-bit activations only; write a16, or leave out -asym"),
+        ("w8a8-asym", "zero points meet 16-bit activations only"),
+        ("w4a8g32-static", "activations of one scale meet 8-bit weights of one per row; write w8a8-static"),
+        ("w8a16-static", "activations of one scale meet 8-bit weights of one per row"),
+        ("lowrank8:w8a8-static", "each factor would need a scale of its own; leave out lowrank or -static"),
+        ("lowrank8:fp8-static", "each factor would need a scale of its own"),
+        ("sparse24:fp8-block", "sparse24 weights meet 16-bit activations only"),
     ],
 )
 def test_what_would_make_no_sense_is_refused_with_the_reason(text: str, message: str) -> None:
@@ -103,6 +110,10 @@ def test_what_would_make_no_sense_is_refused_with_the_reason(text: str, message:
         ("w8a8", 8 + 16 / 256),
         ("w4a16g128", 4 + 16 / 128 + 128 / (512 * 256)),
         ("w3a16", 3 + 16 / 256 + 128 / (512 * 256)),
+        ("w3a16g32-asym", 3 + (16 + 3) / 32 + 128 / (512 * 256)),
+        ("fp8-block", 8 + 16 / (128 * 128)),
+        ("fp8-static", 8 + 16 / 256 + 16 / (512 * 256)),
+        ("w8a8-static", 8 + 16 / 256 + 16 / (512 * 256)),
         ("w4a8g32", 4 + 16 / 32 + 128 / (512 * 256)),
         # half of the weights, a bit for each to say which; and their scales, one per 32 that are stored
         ("sparse24:w4a16g32", (4 + 16 / 32) / 2 + 1 + 128 / (512 * 256)),
@@ -121,6 +132,31 @@ def test_stored_bytes_are_of_what_is_in_the_layout() -> None:
         spec = parse_scheme(name).spec((7, 96))
         layout = spec.layout(dtype)
         assert spec.stored_bytes(dtype) == sum(math.prod(shape) * kind.itemsize for kind, shape in layout.values())
+
+
+def test_a_suffix_says_what_is_special() -> None:
+    special = {}
+    for name in ("w4a16g32-asym", "w8a16-asym", "fp8-block", "fp8-static", "w8a8-static", "sparse24:w4a16-asym"):
+        scheme = parse_scheme(name)
+        special[name] = (scheme.storage, scheme.symmetric, scheme.block_size, scheme.static_activations)
+        for _, leaf in scheme.spec((48, 256)).leaves():
+            assert (leaf.storage, leaf.symmetric, leaf.block_size, leaf.static_activations) == special[name]
+    assert special == {
+        "w4a16g32-asym": ("packed_int", False, None, False),
+        "w8a16-asym": ("packed_int", False, None, False),
+        "fp8-block": ("fp8", True, 128, False),
+        "fp8-static": ("fp8", True, None, True),
+        "w8a8-static": ("int8", True, None, True),
+        "sparse24:w4a16-asym": ("packed_int", False, None, False),
+    }
+    assert parse_scheme("w4a16-asym+residual4").residual_rank == 4
+
+
+def test_blocks_must_divide_the_input_and_not_the_output() -> None:
+    with pytest.raises(ValueError, match="fp8-block: in_features 160 is not a multiple of 128, the columns of a block"):
+        parse_scheme("fp8-block").spec((64, 160))
+    layout = parse_scheme("fp8-block").spec((130, 256)).layout(torch.bfloat16)
+    assert layout["weight_scale"] == (torch.bfloat16, (2, 2))
 
 
 def test_a_group_must_divide_the_input() -> None:

@@ -53,9 +53,9 @@ def test_each_scheme_is_measured_once_and_divided_by_its_work(
     pressed: list[tuple[tuple[int, ...], torch.dtype, bool]] = []
     real = rates.press_linear
 
-    def count(original: torch.Tensor, weight: torch.Tensor, spec: object) -> object:
+    def count(original: torch.Tensor, weight: torch.Tensor, spec: object, **options: torch.Tensor) -> object:
         pressed.append((tuple(original.shape), original.dtype, spec.is_dense))  # type: ignore[attr-defined]
-        return real(original, weight, spec)  # type: ignore[arg-type]
+        return real(original, weight, spec, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(rates, "press_linear", count)
     ticks = itertools.count(step=3.0)
