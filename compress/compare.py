@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pressd.compress.inspect import read
+from pressd.compress.measurement import finite
 from pressd.compress.recipe import KEEP
 from pressd.compress.tables import mebibytes, table
 from pressd.runtime.artifact.manifest import Manifest
 
 # Schemes that only say in which precision a weight is kept.
 DENSE = (KEEP, "bf16", "fp16")
-_COLUMNS = ("artifact", "schemes", "MiB", "ratio", "bpw", "perplexity", "ppl ratio", "KL", "top-1", "front")
+COLUMNS = ("artifact", "schemes", "MiB", "ratio", "bpw", "perplexity", "ppl ratio", "KL", "top-1", "front")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +96,7 @@ def comparison_json(comparison: Comparison) -> str:
 
 def show_comparison(comparison: Comparison) -> str:
     """Return a comparison as a table, and its notes."""
-    parts = [table([_COLUMNS, *map(_cells, comparison.rows)])]
+    parts = [table([COLUMNS, *map(cells, comparison.rows)])]
     if comparison.data:
         parts.append(f"{comparison.data}\n* no other is smaller and closer to the source")
     parts += ["\n".join(comparison.notes)] if comparison.notes else []
@@ -146,7 +147,8 @@ def _source_identity(manifest: Manifest) -> str:
 def _row(name: str, path: str, manifest: Manifest, *, comparable: bool) -> Row:
     schemes = dict.fromkeys(group.scheme for group in manifest.plan)
     told = [scheme for scheme in schemes if scheme not in DENSE] or [s for s in schemes if s != KEEP] or [KEEP]
-    metrics = {key: _number(manifest.quality.get(key)) for key in ("ppl", "ppl_ratio", "kl_mean", "top1_agreement")}
+    # What is not finite has no place in a comparison, nor in JSON.
+    metrics = {key: finite(manifest.quality.get(key)) for key in ("ppl", "ppl_ratio", "kl_mean", "top1_agreement")}
     return Row(
         name=name,
         path=path,
@@ -158,11 +160,6 @@ def _row(name: str, path: str, manifest: Manifest, *, comparable: bool) -> Row:
         front=False,
         **metrics,
     )
-
-
-def _number(value: object) -> float | None:
-    """A number of a measurement; what is not finite has no place in a comparison, nor in JSON."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _is_on_front(row: Row, rows: Sequence[Row]) -> bool:
@@ -205,7 +202,8 @@ def _data(manifest: Manifest) -> str:
     )
 
 
-def _cells(row: Row) -> Sequence[str]:
+def cells(row: Row) -> Sequence[str]:
+    """Return a row of a table below `COLUMNS`."""
     return (
         row.name,
         ", ".join(row.schemes),

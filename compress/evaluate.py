@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pressd.compress.fidelity import PerToken, compare, summarise
+from pressd.compress.measurement import keeps
 from pressd.compress.protocol import SEQ_LEN, TOKENS
 from pressd.compress.report import refresh_quality
 from pressd.compress.token_rows import read_rows
@@ -79,9 +80,7 @@ def missed_gates(manifest: Manifest | None, quality: Mapping[str, object]) -> li
     for name, bound in sorted(manifest.gates.items()) if manifest else ():
         value = quality[name]
         assert isinstance(value, float)
-        # Written so that NaN misses every gate.
-        passed = value >= bound if name == "top1_agreement" else value <= bound
-        if not passed:
+        if not keeps(name, value, bound):
             lines.append(f"gate missed: {name} is {value:.6g}, the recipe asks for {bound:.6g}")
     return lines
 
