@@ -122,7 +122,7 @@ def _run(run: Run, out: Path, *, overwrite: bool, resume: bool, command: str | N
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_companions(source.path, directory)
         manifest = make_manifest(source, files, plan, groups, directory, run.rows)
-        write_report(directory, make_report(manifest, run.clock.cost(), this_machine(manifest)))
+        write_report(directory, make_report(manifest, run.clock.cost(), this_machine(manifest), command), manifest)
         manifests.write_manifest(directory, manifest)
         # Proves that what was written is what a reader accepts; small artifacts are hashed once more on the way.
         Checkpoint.open(directory)

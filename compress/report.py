@@ -1,6 +1,7 @@
 """`pressd/report.json`: everything measured about an artifact that its deterministic manifest must not hold. No torch.
 
-Two runs of one recipe write the same bytes but for this file: it says how long they took, and where.
+Two runs of one recipe write the same bytes but for this file: it says how long they took, and where. Beside it lies
+`report.html`, the same and the manifest as a page.
 """
 
 import json
@@ -12,10 +13,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pressd.compress.cost import Cost, cpu_name, num_cores
+from pressd.compress.report_html import report_page
 from pressd.runtime.artifact.errors import ArtifactError
 from pressd.runtime.artifact.manifest import FOLDER, Manifest, PlannedGroup, Totals
 
-NAME = "report.json"
+NAME, PAGE = "report.json", "report.html"
 # Milliseconds: what is below them differs from run to run.
 _DIGITS = 3
 
@@ -34,13 +36,16 @@ class BlockCost(_Part):
 class CostReport(_Part):
     """Wall seconds until all files but the manifest were there; `peak_rss_bytes` is of the process since it started.
 
-    Seconds of blocks hold those of schemes, and those of the tensors that no scheme is about.
+    Seconds of blocks hold those of schemes, and those of the tensors that no scheme is about; seconds of schemes hold
+    those of passes. `joules` is None where nothing measures them.
     """
 
     wall_seconds: float
     peak_rss_bytes: int
     blocks: tuple[BlockCost, ...]
     schemes: dict[str, float]
+    passes: dict[str, float] = {}
+    joules: float | None = None
 
 
 class Machine(_Part):
@@ -68,7 +73,10 @@ class GroupError(_Part):
 
 
 class Report(_Part):
-    """What was measured. `groups` are in file order, `worst` names those that lost something, worst first."""
+    """What was measured. `groups` are in file order, `worst` names those that lost something, worst first.
+
+    `command` is the line that was typed, None where a program called.
+    """
 
     schema_version: Annotated[Literal[1], Field(validation_alias="schema", serialization_alias="schema")]
     id: str
@@ -78,6 +86,7 @@ class Report(_Part):
     groups: tuple[PlannedGroup, ...]
     worst: tuple[GroupError, ...]
     quality: dict[str, object]
+    command: str | None = None
 
     def to_json(self) -> str:
         """The text of report.json, keys in alphabetical order."""
@@ -89,7 +98,7 @@ def this_machine(manifest: Manifest) -> Machine:
     return Machine(cpu=cpu_name(), cores=num_cores(), torch=manifest.tool.torch, python=platform.python_version())
 
 
-def make_report(manifest: Manifest, cost: Cost, machine: Machine) -> Report:
+def make_report(manifest: Manifest, cost: Cost, machine: Machine, command: str | None = None) -> Report:
     """Return the report of an artifact that has just been pressed."""
     worst = sorted((group for group in manifest.plan if group.error), key=lambda group: (-group.error, group.name))
     return Report(
@@ -106,6 +115,7 @@ def make_report(manifest: Manifest, cost: Cost, machine: Machine) -> Report:
         groups=manifest.plan,
         worst=tuple(GroupError(name=group.name, scheme=group.scheme, error=group.error) for group in worst),
         quality=manifest.quality,
+        command=command,
     )
 
 
@@ -122,12 +132,16 @@ def read_report(artifact: Path) -> Report | None:
         raise ArtifactError(f"{path}: {where}: {first['msg']}; remove it, nothing depends on it") from None
 
 
-def write_report(artifact: Path, report: Report) -> None:
-    """Write or replace the report of an artifact, all or nothing."""
-    path = artifact / FOLDER / NAME
-    temporary = path.with_name(f".{NAME}.{os.getpid()}")
+def write_report(artifact: Path, report: Report, manifest: Manifest) -> None:
+    """Write or replace the report of an artifact and its page, each all or nothing."""
+    _replace(artifact / FOLDER / NAME, report.to_json())
+    _replace(artifact / FOLDER / PAGE, report_page(manifest, report))
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(report.to_json(), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -137,4 +151,4 @@ def refresh_quality(artifact: Path, manifest: Manifest) -> None:
     """Take the manifest's measurement into the report, if there is one of this artifact."""
     report = read_report(artifact)
     if report is not None and report.id == manifest.id:
-        write_report(artifact, report.model_copy(update={"quality": manifest.quality}))
+        write_report(artifact, report.model_copy(update={"quality": manifest.quality}), manifest)

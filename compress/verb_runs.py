@@ -35,7 +35,7 @@ def run_compress(args: argparse.Namespace) -> int:
     for path in leftovers(Path(args.out)):
         what = "what was there before is in it" if is_artifact(path) else "it can be removed"
         sys.stderr.write(f"note: {path} is left from a run that was killed; {what}\n")
-    manifest = compress(source, recipe, args.out, overwrite=args.overwrite, progress=tell)
+    manifest = compress(source, recipe, args.out, overwrite=args.overwrite, progress=tell, command=args.command)
     _say(manifest.to_json() if args.json else f"{args.out}: {show_totals(manifest.totals)}\n")
     return 0
 

@@ -26,7 +26,8 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     _add_source_and_recipe(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is at OUT")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
-    parser.set_defaults(run=runs.run_compress)
+    # The whole line, which the program that was called knows.
+    parser.set_defaults(run=runs.run_compress, command=None)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -22,6 +23,7 @@ def main(arguments: list[str] | None = None, *, engine: str = ENGINE) -> int:
     """
     parser = make_parser()
     args = parser.parse_args(arguments)
+    args.command = shlex.join(["pressd", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         if args.verb == "eval":
             _keep_code()

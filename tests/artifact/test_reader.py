@@ -123,7 +123,7 @@ def test_quality_does_not_change_the_id(tiny_llama: Path, tmp_path: Path) -> Non
     changed = read_manifest(out)
     assert changed is not None
     assert (changed.id, changed.quality) == (manifest.id, {"kl_mean": 0.25})
-    kept = ["journal.jsonl", "manifest.json", "recipe.toml", "report.json"]
+    kept = ["journal.jsonl", "manifest.json", "recipe.toml", "report.html", "report.json"]
     assert sorted(path.name for path in (out / "pressd").iterdir()) == kept  # nothing temporary
     assert Checkpoint.open(out).artifact_id == manifest.id
 

@@ -33,7 +33,7 @@ def test_the_directory_is_complete(tiny_llama: Path, tmp_path: Path) -> None:
     assert manifest.files.keys() == kept | {"config.json", WEIGHTS}
     found = contents(tmp_path / "out")
     assert found.keys() == manifest.files.keys() | {
-        f"pressd/{name}" for name in ("manifest.json", "report.json", "recipe.toml", "journal.jsonl")
+        f"pressd/{name}" for name in ("manifest.json", "report.json", "report.html", "recipe.toml", "journal.jsonl")
     }
     for name in kept:
         assert found[name] == (source / name).read_bytes()
@@ -95,8 +95,8 @@ def test_two_runs_give_the_same_bytes(tiny_llama: Path, shard_bytes: int, tmp_pa
         compress(tiny_llama, "w5a16g32", tmp_path / name, shard_bytes=shard_bytes)
         runs.append(contents(tmp_path / name))
     assert runs[0].keys() == runs[1].keys()
-    # The report says how long each block took.
-    assert [name for name in runs[0] if runs[0][name] != runs[1][name]] in ([], ["pressd/report.json"])
+    # The report and its page say how long each block took.
+    assert {name for name in runs[0] if runs[0][name] != runs[1][name]} <= {"pressd/report.json", "pressd/report.html"}
 
 
 @pytest.mark.parametrize("scheme", ["bf16", "w8a8", "w3a16g32"])

@@ -68,7 +68,7 @@ def test_a_report_says_what_the_manifest_must_not(pressed: Path) -> None:
     assert make_report(manifest, cost, MACHINE).to_json() == report.to_json()
     keys = list(json.loads(report.to_json()))
     assert keys == sorted(keys)
-    assert keys == ["cost", "groups", "id", "machine", "quality", "schema", "size", "worst"]
+    assert keys == ["command", "cost", "groups", "id", "machine", "quality", "schema", "size", "worst"]
 
 
 def test_pressing_writes_it(pressed: Path) -> None:
@@ -108,16 +108,19 @@ def test_a_measurement_is_taken_in(artifact: Path, monkeypatch: pytest.MonkeyPat
     assert after.quality == manifest_of(artifact).quality == {"kl_mean": 0.25, "data": {"tokens": 512}}
     assert after == before.model_copy(update={"quality": after.quality})
     assert {path.name for path in (artifact / "pressd").iterdir()} == {
-        *("manifest.json", "report.json", "recipe.toml", "journal.jsonl")
+        *("manifest.json", "report.json", "report.html", "recipe.toml", "journal.jsonl")
     }
 
 
 def test_the_report_of_another_artifact_is_left_alone(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "TOKENS", 512)
-    other = make_report(manifest_of(artifact), Clock().cost(), MACHINE).model_copy(update={"id": "0" * 64})
-    write_report(artifact, other)
+    manifest = manifest_of(artifact)
+    other = make_report(manifest, Clock().cost(), MACHINE).model_copy(update={"id": "0" * 64})
+    write_report(artifact, other, manifest)
+    page = (artifact / "pressd/report.html").read_bytes()
     assert record_quality(artifact, QUALITY)
     assert read_report(artifact) == other
+    assert (artifact / "pressd/report.html").read_bytes() == page
 
 
 def test_an_artifact_without_one_is_measured_all_the_same(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
