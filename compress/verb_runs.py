@@ -109,6 +109,7 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_compare(args: argparse.Namespace) -> int:
     """Print a row per artifact, and draw them if asked."""
     from pressd.compress.compare import compare, comparison_json, show_comparison
+    from pressd.compress.compare_html import write_comparison
     from pressd.compress.pareto_plot import draw, require_matplotlib
 
     if args.png is not None:
@@ -117,6 +118,8 @@ def run_compare(args: argparse.Namespace) -> int:
     _say((comparison_json(comparison) if args.json else show_comparison(comparison)) + "\n")
     if args.png is not None:
         draw(comparison, Path(args.png))
+    if args.html is not None:
+        write_comparison(comparison, Path(args.html))
     return 0
 
 

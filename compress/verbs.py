@@ -82,6 +82,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("artifacts", metavar="DIR", nargs="+")
     parser.add_argument("--png", metavar="FILE", help="draw size against KL (needs pip install 'pressd[plots]')")
+    parser.add_argument("--html", metavar="FILE", help="write the table and the drawing as one page")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=runs.run_compare)
 
