@@ -2,14 +2,8 @@
 
 import math
 
-# Each finer than the one before; the last still leaves room for names on the shortest axis.
-_MANTISSAS = (
-    (1.0,),
-    (1.0, 3.0),
-    (1.0, 2.0, 5.0),
-    (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
-    (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5, 8.0, 8.5, 9.0, 9.5),
-)
+# Each finer than the one before; on an axis too short for the last, round numbers are equally far apart.
+_MANTISSAS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0))
 
 
 def log_limits(values: list[float], margin: float = 0.12) -> tuple[float, float]:
@@ -20,15 +14,17 @@ def log_limits(values: list[float], margin: float = 0.12) -> tuple[float, float]
 
 
 def log_ticks(low: float, high: float, fewest: int = 3) -> list[float]:
-    """Return round numbers between the ends of a logarithmic axis: at least `fewest`, if there are."""
-    found: list[float] = []
+    """Return round numbers between the ends of a logarithmic axis, at least `fewest`, and few more if they can be."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for mantissas in _MANTISSAS:
-        found = [
-            mantissa * 10.0**power
-            for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-            for mantissa in mantissas
-            if low <= mantissa * 10.0**power <= high
-        ]
+        found = [mantissa * 10.0**power for power in powers for mantissa in mantissas]
+        found = [value for value in found if low <= value <= high]
         if len(found) >= fewest:
-            break
-    return found
+            return found
+    power = powers[-1]
+    while True:
+        for step in (5 * 10.0**power, 2 * 10.0**power, 10.0**power):
+            found = [index * step for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
+            if len(found) >= fewest:
+                return found
+        power -= 1

@@ -22,6 +22,10 @@ NAME, PAGE = "report.json", "report.html"
 _DIGITS = 3
 
 
+# Finite, and less than thirty years: what claims more was not written here.
+Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
 
@@ -30,7 +34,7 @@ class BlockCost(_Part):
     """Wall seconds of one block."""
 
     name: str
-    seconds: float
+    seconds: Seconds
 
 
 class CostReport(_Part):
@@ -40,12 +44,12 @@ class CostReport(_Part):
     those of passes. `joules` is None where nothing measures them.
     """
 
-    wall_seconds: float
-    peak_rss_bytes: int
+    wall_seconds: Seconds
+    peak_rss_bytes: Annotated[int, Field(ge=0)]
     blocks: tuple[BlockCost, ...]
-    schemes: dict[str, float]
-    passes: dict[str, float] = {}
-    joules: float | None = None
+    schemes: dict[str, Seconds]
+    passes: dict[str, Seconds] = {}
+    joules: Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)] | None = None
 
 
 class Machine(_Part):

@@ -1,7 +1,6 @@
 """The measured parts of an artifact's page: quality, where the error is, groups, and what it cost. No torch."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 # Rows that a table may have and still stand open.
 _OPEN_ROWS = 40
 _NUM_WORST = 3
+# No model predicts so badly but a broken one, and no axis needs to reach there.
+_DRAWABLE = 1e100
 # Keys of a measurement that are told in words.
 _TOLD = frozenset({"data", "source", "stderr", "artifact"})
 # Metrics in the order in which they explain each other; others follow by name.
@@ -44,7 +45,7 @@ def quality_section(manifest: Manifest) -> Html:
         return section("Size and quality", paragraph("Not measured yet; run pressd eval on the artifact."))
     metrics = data_table(("metric", "value", "standard error"), _metrics(manifest.quality))
     drawn = _against_source(manifest)
-    note = paragraph("Perplexities are not finite numbers above zero, so there is no picture.", class_="note")
+    note = paragraph("Perplexities that are no numbers, or beyond all measure, are not drawn.", class_="note")
     return section(
         "Size and quality",
         paragraph(_how_measured(manifest.quality)),
@@ -59,7 +60,7 @@ def _against_source(manifest: Manifest) -> Html | None:
     dots = []
     for name, count, metric in sides:
         value = finite(manifest.quality.get(metric))
-        if value is None or value <= 0 or not count:
+        if value is None or not 0 < value < _DRAWABLE or not count:
             return None
         told = f"{name}: {size(count)}, perplexity {value:.4g}"
         dots.append(Dot(name=name, told=told, x=count / 2**20, y=value, joined=True))
@@ -118,13 +119,13 @@ def error_section(manifest: Manifest, worst: "Sequence[GroupError]") -> Html:
         "How far each fused group is from its source: the Frobenius norm of the difference over that of the weights, "
         "in percent. A dash is a group that lost nothing."
     )
-    shades = shades_of(manifest.plan)
     if not manifest.plan:
         return section(title, paragraph("The plan has no groups."))
     errors = arrange(manifest.plan)
+    shades = shades_of(errors)
     parts = [about, heat_map("map", errors, shades, title="Relative error by layer and kind of group")]
     if shades is not None:
-        named = ", ".join(f"{one.name} ({percent(one.error)} %)" for one in worst[:_NUM_WORST])
+        named = ", ".join(f"{one.name} ({percent(one.error)}\u00a0%)" for one in worst[:_NUM_WORST])
         scale = "Percent; equal steps of its logarithm" if shades.is_log else "Percent"
         parts += [
             legend("scale", shades, title="Scale of the map"),
@@ -194,6 +195,5 @@ def _mark(block: str) -> str:
 
 
 def _energy(joules: float) -> str:
-    if not math.isfinite(joules):
-        return "an amount of energy that is not finite"
-    return f"{joules:.4g} J ({joules / 3600:.3g} Wh)"
+    told = f"{joules:.0f} J" if joules < 10_000 else f"{joules / 1000:,.1f} kJ"
+    return f"{told} ({joules / 3600:,.3g} Wh)"

@@ -66,3 +66,13 @@ def ticks(top: float, most: int) -> list[float]:
         if step * most >= top
     )
     return [index * step for index in range(math.ceil(top / step) + 1)]
+
+
+def stride(step: float, room: float) -> int:
+    """Return how many columns of `step` pixels a mark below them stands for, if it takes `room`: 1, 2, 5, 10, ..."""
+    unit = 1
+    while True:
+        for count in (unit, 2 * unit, 5 * unit):
+            if count * step >= room:
+                return count
+        unit *= 10

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from pressd.compress.markup import Html, element
-from pressd.compress.svg import SMALL, drawing, shortened, ticks, width_of, words
+from pressd.compress.svg import SMALL, drawing, shortened, stride, ticks, width_of, words
 
 _ROW, _BAR = 26.0, 14.0
 _WIDEST_NAME = 190.0
@@ -57,23 +57,34 @@ def standing_bars(
             y = bottom - value * up
             yield element("line", x1=_LEFT, x2=width, y1=y, y2=y, class_="grid" if value else "axis")
             yield words(_LEFT - 8, y + 4, f"{value:g}", anchor="end", class_="quiet", size=SMALL)
-        free = 0.0
-        for index, (key, mark, value) in enumerate(values):
+        for index, (key, _, value) in enumerate(values):
             x = _LEFT + 4 + index * step
             yield element(
                 "rect",
                 element("title", f"{key}: {value:.3f} {unit}"),
                 x=x,
                 y=bottom - value * up,
-                width=max(step - 3, 2.0),
+                width=step - min(3.0, step / 4),
                 height=value * up,
                 class_="bar",
             )
-            middle, half = x + step / 2 - 1.5, width_of(mark, SMALL) / 2
-            if middle - half >= free:
-                yield words(middle, bottom + 16, mark, anchor="middle", class_="quiet", size=SMALL)
-                free = middle + half + 6
+        for index, mark in _marks([mark for _, mark, _ in values], step):
+            x = _LEFT + 4 + (index + 0.5) * step - 1.5
+            yield words(x, bottom + 16, mark, anchor="middle", class_="quiet", size=SMALL)
 
     slowest = max(values, key=lambda value: value[2])
     told = f"{len(values)} blocks; the longest is {slowest[0]} with {slowest[2]:.3f} {unit}"
     return drawing(name, width, height, parts(), title=title, told=told)
+
+
+def _marks(marks: Sequence[str], step: float) -> Iterator[tuple[int, str]]:
+    """Yield (column, mark) of those that do not touch: words first, then round numbers."""
+    taken: list[tuple[float, float]] = []
+    every = stride(step, 28.0)
+    for index, mark in sorted(enumerate(marks), key=lambda pair: pair[1].isdecimal()):
+        half = width_of(mark, SMALL) / 2 + 2
+        start, end = index * step - half, index * step + half
+        is_round = not mark.isdecimal() or int(mark[-12:]) % every == 0
+        if is_round and all(end <= other or start >= ending for other, ending in taken):
+            taken.append((start, end))
+            yield index, mark

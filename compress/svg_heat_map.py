@@ -5,12 +5,12 @@ No torch. A field says its number where there is room, and always to whoever poi
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pressd.compress.markup import Html, element
 from pressd.compress.page_style import NUM_SHADES
-from pressd.compress.svg import SMALL, drawing, shortened, width_of, words
+from pressd.compress.svg import SMALL, drawing, shortened, stride, width_of, words
 from pressd.runtime.artifact.manifest import PlannedGroup
 
 _LAYER = re.compile(r"layers\.([0-9]{1,6})\.(.+)")
@@ -37,21 +37,21 @@ class LayerErrors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shades:
-    """A scale from the least to the largest error that is not zero."""
+    """A scale from the least to the largest error in layers that is not zero."""
 
     low: float
     high: float
     is_log: bool
 
     def shade(self, error: float) -> int:
-        """The number of a shade, from 0, for an error above zero."""
+        """The number of a shade, from 0, for an error above zero; the nearest where the scale does not reach."""
         part = (self._scaled(error) - self._scaled(self.low)) / (self._scaled(self.high) - self._scaled(self.low))
         return min(max(int(part * NUM_SHADES), 0), NUM_SHADES - 1)
 
     def bound(self, shade: int) -> float:
         """The least error of a shade."""
         start, end = self._scaled(self.low), self._scaled(self.high)
-        bound = start + (end - start) * shade / NUM_SHADES
+        bound = start + (end - start) * (shade / NUM_SHADES)
         return math.exp(bound) if self.is_log else bound
 
     def _scaled(self, error: float) -> float:
@@ -78,14 +78,25 @@ def arrange(plan: Sequence[PlannedGroup]) -> LayerErrors:
     )
 
 
-def shades_of(plan: Sequence[PlannedGroup]) -> Shades | None:
-    """Return the scale of a plan's errors, None if nothing was lost."""
-    errors = [group.error for group in plan if math.isfinite(group.error) and group.error > 0]
-    if not errors:
-        return None
+def shades_of(errors: LayerErrors) -> Shades | None:
+    """Return a scale, None if nothing was lost.
+
+    Layers are what is compared: embed and head, few and often kept in more bits, stretch it only where no layer lost
+    anything.
+    """
+    layers = _lossy(errors.layers.values())
+    found = layers or _lossy([*errors.before, *errors.behind])
+    return _scale(found) if found else None
+
+
+def _lossy(groups: Iterable[PlannedGroup]) -> list[float]:
+    return [group.error for group in groups if math.isfinite(group.error) and group.error > 0]
+
+
+def _scale(errors: Sequence[float]) -> Shades:
     high = max(errors)
     low = min(*errors, high / _LEAST_SPAN)
-    return Shades(low=low, high=high, is_log=high / low > _LINEAR_SPAN)
+    return Shades(low=low, high=high, is_log=high > _LINEAR_SPAN * low > 0)
 
 
 def heat_map(name: str, errors: LayerErrors, shades: Shades | None, *, title: str, width: float = 912.0) -> Html:
@@ -141,7 +152,7 @@ def legend(name: str, shades: Shades, *, title: str) -> Html:
 
 def percent(error: float) -> str:
     """An error in percent, to three digits, without the sign."""
-    if not math.isfinite(error):
+    if not math.isfinite(100 * error):
         return "not finite"
     return f"{100 * error:#.3g}".removesuffix(".")
 
@@ -178,7 +189,7 @@ def _field(
 
 def _numbers(numbers: Sequence[int], start: float, step: float, bottom: float) -> Iterator[Html]:
     """Numbers of layers, as many as there is room for."""
-    every = max(1, math.ceil(28 / step))
-    for column in range(0, len(numbers), every):
+    every = stride(step, 28.0)
+    for column in (column for column, number in enumerate(numbers) if number % every == 0):
         x = start + column * step + (step - _GAP) / 2
         yield words(x, bottom + 16, str(numbers[column]), anchor="middle", class_="quiet", size=SMALL)

@@ -10,7 +10,7 @@ from pressd.compress.log_axis import log_limits, log_ticks
 from pressd.compress.markup import Html, element, escape
 from pressd.compress.svg import NORMAL, SMALL, drawing, shortened, width_of, words
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 16.0, 14.0, 52.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 80.0, 16.0, 14.0, 52.0
 # Half the room that a point and a line take; the longest name, as a part of the width.
 _POINT, _LINE, _NAME = 7.0, 3.0, 0.4
 # A line of type stands this far above and below its baseline, of its size.
