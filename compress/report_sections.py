@@ -195,5 +195,5 @@ def _mark(block: str) -> str:
 
 
 def _energy(joules: float) -> str:
-    told = f"{joules:.0f} J" if joules < 10_000 else f"{joules / 1000:,.1f} kJ"
-    return f"{told} ({joules / 3600:,.3g} Wh)"
+    told = f"{joules:.0f}\u00a0J" if joules < 10_000 else f"{joules / 1000:,.1f}\u00a0kJ"
+    return f"{told} ({joules / 3600:,.3g}\u00a0Wh)"

@@ -7,7 +7,7 @@ from pressd.compress.svg import SMALL, drawing, shortened, stride, ticks, width_
 
 _ROW, _BAR = 26.0, 14.0
 _WIDEST_NAME = 190.0
-_LEFT, _TOP, _BOTTOM, _NARROWEST, _WIDEST = 52.0, 12.0, 24.0, 5.0, 44.0
+_LEFT, _RIGHT, _TOP, _BOTTOM, _NARROWEST, _WIDEST = 52.0, 20.0, 12.0, 24.0, 5.0, 44.0
 
 
 def lying_bars(name: str, values: Mapping[str, float], unit: str, *, title: str, width: float = 430.0) -> Html:
@@ -45,8 +45,8 @@ def standing_bars(
     height: float = 170.0,
 ) -> Html:
     """Return bars side by side from (name, mark below the axis, value); marks are left out where they would touch."""
-    step = min(max((width - _LEFT - 8) / len(values), _NARROWEST), _WIDEST)
-    width = max(width, _LEFT + 8 + step * len(values))
+    step = min(max((width - _LEFT - _RIGHT) / len(values), _NARROWEST), _WIDEST)
+    width = max(width, _LEFT + _RIGHT + step * len(values))
     bottom = height - _BOTTOM
     # Where nothing took a measurable time there is still an axis.
     scale = ticks(max(value for *_, value in values) or 1.0, 4)
@@ -55,7 +55,7 @@ def standing_bars(
     def parts() -> Iterator[Html]:
         for value in scale:
             y = bottom - value * up
-            yield element("line", x1=_LEFT, x2=width, y1=y, y2=y, class_="grid" if value else "axis")
+            yield element("line", x1=_LEFT, x2=width - _RIGHT + 8, y1=y, y2=y, class_="grid" if value else "axis")
             yield words(_LEFT - 8, y + 4, f"{value:g}", anchor="end", class_="quiet", size=SMALL)
         for index, (key, _, value) in enumerate(values):
             x = _LEFT + 4 + index * step

@@ -17,6 +17,7 @@ from pressd.compress.evaluate import record_quality
 from pressd.compress.inspect import read
 from pressd.compress.report import BlockCost, Machine, Report, make_report, read_report
 from pressd.compress.report_html import report_page
+from pressd.compress.svg import width_of
 from pressd.runtime.artifact.errors import ArtifactError
 from pressd.runtime.artifact.manifest import Manifest, PlannedGroup
 from pressd.server import cli
@@ -289,9 +290,9 @@ def test_half_a_measurement_is_shown_as_far_as_it_goes(manifest: Manifest, quali
 
 @pytest.mark.parametrize(("layers", "shown"), [(1, True), (8, True), (80, False), (126, False)])
 def test_every_depth_has_a_map(manifest: Manifest, layers: int, shown: bool) -> None:
-    page = page_of(
-        deep(manifest, layers), blocks=tuple(BlockCost(name=f"layers.{n}", seconds=n) for n in range(layers))
-    )
+    names = ("embed", *(f"layers.{n}" for n in range(layers)), "head")
+    blocks = tuple(BlockCost(name=name, seconds=n) for n, name in enumerate(names))
+    page = page_of(deep(manifest, layers), blocks=blocks)
     tree = tree_of(page)
     drawings = {(drawing.get("aria-labelledby") or "").split("-")[0]: drawing for drawing in tree.iter(f"{SVG}svg")}
     drawn = drawings["map"]
@@ -314,9 +315,16 @@ def test_every_depth_has_a_map(manifest: Manifest, layers: int, shown: bool) -> 
 
 
 def assert_marks_apart(drawing: ElementTree.Element, layers: int) -> None:
-    """Numbers below bars are in order, round, and the first is there."""
-    numbers = [int(text.text or "") for text in drawing.iter(f"{SVG}text") if text.get("text-anchor") == "middle"]
-    assert numbers == list(range(0, layers, 1 if layers < 40 else 10))
+    """Marks below bars do not touch; ends are named, numbers round."""
+    marks = [text for text in drawing.iter(f"{SVG}text") if text.get("text-anchor") == "middle"]
+    spans = sorted((float(text.get("x", "")), width_of(text.text or "", 11) / 2) for text in marks)
+    assert all(x + half <= other - wide for (x, half), (other, wide) in itertools.pairwise(spans))
+    assert {"embed", "head"} <= {text.text for text in marks}
+    # The first and the last may have no room beside words.
+    wanted = set(range(0, layers, 1 if layers < 40 else 10))
+    found = {int(text.text or "") for text in marks if (text.text or "").isdigit()}
+    assert found <= wanted
+    assert wanted - found <= {min(wanted), max(wanted)}
 
 
 def assert_inside(drawing: ElementTree.Element) -> None:
@@ -328,6 +336,10 @@ def assert_inside(drawing: ElementTree.Element) -> None:
         assert y >= 0
         assert 0 <= across <= width - x + 0.05
         assert 0 <= down <= height - y + 0.05
+    for text in drawing.iter(f"{SVG}text"):
+        if text.get("text-anchor") == "middle" and text.get("transform") is None:
+            half = width_of(text.text or "", float(text.get("font-size", ""))) / 2
+            assert half <= float(text.get("x", "")) <= width - half
 
 
 @pytest.mark.parametrize(
