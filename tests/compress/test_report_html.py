@@ -1,30 +1,22 @@
-"""The page of an artifact: what is on it, that nothing on it is anybody else's markup, and that odd models fit."""
+"""The page of an artifact: what is on it, and that nothing on it is anybody else's markup."""
 
-import itertools
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree
 
 import pytest
+from report_pages import SVG, Words, altered, assert_no_nan, cells_of, group_of, page_of, text_of, tree_of
 
 from pressd.compress import compress, evaluate
-from pressd.compress.cost import Cost
 from pressd.compress.evaluate import record_quality
 from pressd.compress.inspect import read
-from pressd.compress.report import BlockCost, Machine, Report, make_report, read_report
+from pressd.compress.report import BlockCost, Report, read_report
 from pressd.compress.report_html import report_page
-from pressd.compress.svg import width_of
 from pressd.runtime.artifact.errors import ArtifactError
 from pressd.runtime.artifact.manifest import Manifest, PlannedGroup
 from pressd.server import cli
 
-MACHINE = Machine(cpu="abacus", cores=2, torch="2.x", python="3.y")
-SVG = "{http://www.w3.org/2000/svg}"
-KINDS = ("qkv", "o", "gate_up", "down")
 QUALITY: dict[str, object] = {
     "source": "models/source",
     "data": {"name": "stdlib", "split": "heldout", "tokens": 32768, "seq_len": 512, "sha256": "0" * 64},
@@ -37,41 +29,6 @@ QUALITY: dict[str, object] = {
 }
 
 
-class Words(HTMLParser):
-    """What a browser makes of a page: the elements it sees, their attributes, and the text between them."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.words: list[str] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
-def tree_of(page: str) -> ElementTree.Element:
-    """The page as XML; raises if anything is left open, or an attribute or an entity is none."""
-    declaration, _, document = page.partition("\n")
-    assert declaration == "<!DOCTYPE html>"
-    return ElementTree.fromstring(document)
-
-
-def text_of(page: str) -> str:
-    return " ".join(" ".join(Words(page).words).split())
-
-
-def cells_of(page: str) -> list[list[str]]:
-    """Rows of all tables."""
-    return [["".join(cell.itertext()) for cell in row] for row in tree_of(page).iter("tr")]
-
-
 @pytest.fixture(scope="module")
 def pressed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("page") / "out"
@@ -82,33 +39,6 @@ def pressed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def manifest(pressed: Path) -> Manifest:
     return read(pressed)
-
-
-def group_of(name: str, error: float, **more: Any) -> PlannedGroup:
-    kind: Any = more.pop("kind", PlannedGroup)
-    fields = {"scheme": "w4a16g128", "shape": (64, 64), "bits": 4.125, "bytes": 2112, "fallback": None, "members": ()}
-    made: PlannedGroup = kind(name=name, error=error, **fields | more)
-    return made
-
-
-def altered(manifest: Manifest, **update: Any) -> Manifest:
-    return manifest.model_copy(update=update)
-
-
-def page_of(manifest: Manifest, command: str | None = None, **cost: Any) -> str:
-    """A page of a manifest with a made-up cost."""
-    made = make_report(
-        manifest,
-        Cost(wall_seconds=2.5, peak_rss_bytes=3 << 20, blocks={"embed": 0.5, "layers.0": 1.5}, schemes={"keep": 1.0}),
-        MACHINE,
-        command,
-    )
-    return report_page(manifest, made.model_copy(update={"cost": made.cost.model_copy(update=cost)}))
-
-
-def deep(manifest: Manifest, layers: int) -> Manifest:
-    plan = [group_of(f"layers.{n}.{kind}", 0.05 + n / 1000) for n in range(layers) for kind in KINDS]
-    return altered(manifest, plan=(group_of("embed", 0.0, scheme="keep"), *plan, group_of("lm_head", 0.01)))
 
 
 def test_pressing_writes_a_page_of_what_is_there(pressed: Path, manifest: Manifest) -> None:
@@ -268,13 +198,6 @@ def test_a_measurement_that_is_not_finite_is_said_and_not_drawn(manifest: Manife
     assert_no_nan(page)
 
 
-def assert_no_nan(page: str) -> None:
-    for drawing in tree_of(page).iter(f"{SVG}svg"):
-        for part in drawing.iter():
-            assert not [value for value in part.attrib.values() if re.search(r"\b(nan|inf)\b", value)]
-    assert not re.search(r"\b(nan|inf)\b", text_of(page))
-
-
 @pytest.mark.parametrize(
     "quality",
     [
@@ -286,87 +209,6 @@ def assert_no_nan(page: str) -> None:
 )
 def test_half_a_measurement_is_shown_as_far_as_it_goes(manifest: Manifest, quality: dict[str, object]) -> None:
     tree_of(page_of(altered(manifest, quality=quality)))
-
-
-@pytest.mark.parametrize(("layers", "shown"), [(1, True), (8, True), (80, False), (126, False)])
-def test_every_depth_has_a_map(manifest: Manifest, layers: int, shown: bool) -> None:
-    names = ("embed", *(f"layers.{n}" for n in range(layers)), "head")
-    blocks = tuple(BlockCost(name=name, seconds=n) for n, name in enumerate(names))
-    page = page_of(deep(manifest, layers), blocks=blocks)
-    tree = tree_of(page)
-    drawings = {(drawing.get("aria-labelledby") or "").split("-")[0]: drawing for drawing in tree.iter(f"{SVG}svg")}
-    drawn = drawings["map"]
-    titles = [title.text for title in drawn.iter(f"{SVG}title")][1:]
-    assert len(titles) == 4 * layers + 2
-    assert f"layers.{layers - 1}.down, w4a16g128: {(5 + (layers - 1) / 10):#.3g} %" in titles
-    # Numbers stand in the fields where there is room, and in the table in any case.
-    texts = [text.text for text in drawn.iter(f"{SVG}text")]
-    assert (texts.count("5.00") == 4) == shown
-    rows = {row[0]: row for row in cells_of(page)}
-    assert rows[f"layer {layers - 1}"] == [f"layer {layers - 1}", *[f"{5 + (layers - 1) / 10:#.3g}"] * 4]
-    for drawing in drawings.values():
-        assert_inside(drawing)
-    numbers = [text for text in drawn.iter(f"{SVG}text") if (text.text or "").isdigit()]
-    every = 1 if layers < 40 else 5
-    assert [text.text for text in numbers] == [str(number) for number in range(0, layers, every)]
-    assert_marks_apart(drawings["blocks"], layers)
-    for one, other in itertools.pairwise(numbers):
-        assert float(other.get("x", "")) - float(one.get("x", "")) >= 22  # three digits of 11 pixels
-
-
-def assert_marks_apart(drawing: ElementTree.Element, layers: int) -> None:
-    """Marks below bars do not touch; ends are named, numbers round."""
-    marks = [text for text in drawing.iter(f"{SVG}text") if text.get("text-anchor") == "middle"]
-    spans = sorted((float(text.get("x", "")), width_of(text.text or "", 11) / 2) for text in marks)
-    assert all(x + half <= other - wide for (x, half), (other, wide) in itertools.pairwise(spans))
-    assert {"embed", "head"} <= {text.text for text in marks}
-    # The first and the last may have no room beside words.
-    wanted = set(range(0, layers, 1 if layers < 40 else 10))
-    found = {int(text.text or "") for text in marks if (text.text or "").isdigit()}
-    assert found <= wanted
-    assert wanted - found <= {min(wanted), max(wanted)}
-
-
-def assert_inside(drawing: ElementTree.Element) -> None:
-    """Rectangles lie in the frame, and have a size that is not negative."""
-    width, height = (float(drawing.get(name, "")) for name in ("width", "height"))
-    for rect in drawing.iter(f"{SVG}rect"):
-        x, y, across, down = (float(rect.get(name, "")) for name in ("x", "y", "width", "height"))
-        assert x >= 0
-        assert y >= 0
-        assert 0 <= across <= width - x + 0.05
-        assert 0 <= down <= height - y + 0.05
-    for text in drawing.iter(f"{SVG}text"):
-        if text.get("text-anchor") == "middle" and text.get("transform") is None:
-            half = width_of(text.text or "", float(text.get("font-size", ""))) / 2
-            assert half <= float(text.get("x", "")) <= width - half
-
-
-@pytest.mark.parametrize(
-    "errors",
-    [
-        (0.0, 0.0),
-        (float("nan"), 0.1),
-        (float("inf"), float("nan")),
-        (1e-9, 40.0),
-        (0.1, 0.1),
-        (5e-324, 1.0),
-        (5e-324, 0.0),
-        (1e308, 1.0),
-    ],
-)
-def test_odd_errors(manifest: Manifest, errors: tuple[float, float]) -> None:
-    plan = tuple(group_of(f"layers.{n}.o", error) for n, error in enumerate(errors))
-    page = page_of(altered(manifest, plan=plan))
-    assert_no_nan(page)
-    assert ("not finite" in text_of(page)) == any(not error < 1e307 for error in errors)
-
-
-@pytest.mark.parametrize("names", [(), ("embed",), ("layers.99999999999.o", "layers.7.o"), ("layers.٣.o", "layers..")])
-def test_odd_plans(manifest: Manifest, names: tuple[str, ...]) -> None:
-    page = page_of(altered(manifest, plan=tuple(group_of(name, 0.1) for name in names)), blocks=(), schemes={})
-    tree_of(page)
-    assert all(name in text_of(page) for name in names)
 
 
 def test_fallbacks_and_notes_come_first(manifest: Manifest) -> None:
