@@ -14,6 +14,7 @@ import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from pressd.runtime.energy import EnergyMeter
 from pressd.runtime.report import EngineInfo
 from pressd.server import measure
 from pressd.server import metrics as m
@@ -23,7 +24,6 @@ from pressd.server.control import ControlServicer
 from pressd.server.credentials import TlsFiles, server_credentials
 from pressd.server.door import Door, Phase
 from pressd.server.ending import Ending, drain
-from pressd.server.energy import EnergyMeter
 from pressd.server.engine_client import EngineStartError
 from pressd.server.health import HealthServicer
 from pressd.server.interceptors import MAX_RESPONSE, CallInterceptor

@@ -3,9 +3,9 @@
 import importlib.metadata
 from collections import Counter
 
+from pressd.runtime.energy import EnergyMeter
 from pressd.runtime.report import EngineInfo, KernelChoice, StepStats
 from pressd.server import metrics as m
-from pressd.server.energy import EnergyMeter
 from pressd.server.generation import Generation
 from pressd.server.model_card import ModelCard
 from pressd.server.strand import Strand

@@ -18,7 +18,7 @@ MAX_LINES = 350
 GRPC = ("grpc", "grpc_health", "grpc_reflection", "grpc_status")
 PROTOCOL = (*GRPC, "prometheus_client", "pressd.v1", "pressd.client")
 PLAIN = (
-    *("config", "params", "request", "report", "validation", "errors"),
+    *("config", "params", "request", "report", "validation", "errors", "energy"),
     *("scheduler", "sequence", "costs", "emission", "kv_cache", "kv_plan", "prefix"),
 )
 TORCH_FREE = tuple(f"pressd.runtime.{name}" for name in PLAIN)
@@ -38,7 +38,10 @@ ALLOWED: tuple[tuple[str, tuple[str, ...], tuple[str, ...] | None], ...] = (
     ("pressd.runtime.kernels", ("pressd.runtime.kernels",), None),
     (
         "pressd.compress",
-        ("pressd.compress", *(f"pressd.runtime.{name}" for name in ("artifact", "models", "layers", "kernels"))),
+        (
+            "pressd.compress",
+            *(f"pressd.runtime.{name}" for name in ("artifact", "models", "layers", "kernels", "energy")),
+        ),
         None,
     ),
 )

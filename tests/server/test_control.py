@@ -10,10 +10,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from pressd.client import CallError, Client
 from pressd.runtime.artifact.schemes import parse_scheme
+from pressd.runtime.energy import EnergyMeter
 from pressd.runtime.report import EngineInfo
 from pressd.server.app import start_line
 from pressd.server.control import compression_methods
-from pressd.server.energy import EnergyMeter
 from pressd.server.fields import HONOURED
 from pressd.v1 import control_pb2, model_pb2
 

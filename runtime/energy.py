@@ -1,4 +1,4 @@
-"""What the processors' own meters say: energy since the last look, from Linux's powercap (RAPL)."""
+"""What the processors' own meters say: energy since the last look, from Linux's powercap (RAPL). No torch."""
 
 from contextlib import suppress
 from dataclasses import dataclass
