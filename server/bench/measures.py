@@ -24,7 +24,8 @@ def summarize(runs: Sequence[Run]) -> dict[str, object]:
 
     From when a request should have been sent: `ttft_ms` until its first token came, `e2e_ms` until it ended. `tpot_ms`
     is its mean time for a token after the first, `itl_ms` each time between two arrivals of tokens. Requests that
-    failed are counted, and their times left out; of those cut off, what came before counts.
+    failed are counted, and their times left out; of those cut off, what came before counts. `wire_bytes_per_token` are
+    those of all messages of the answers, where there is a wire.
     """
     samples = [sample for run in runs for sample in run.samples]
     good = [sample for sample in samples if sample.error is None]
@@ -46,6 +47,8 @@ def summarize(runs: Sequence[Run]) -> dict[str, object]:
             totals[name] = totals.get(name, 0.0) + value
     if "host_seconds" in totals:
         found["host_ms_per_step"] = 1e3 * totals["host_seconds"] / totals["steps"] if totals["steps"] else None
+    if "wire_bytes" in totals:
+        found["wire_bytes_per_token"] = totals["wire_bytes"] / tokens if tokens else None
     return found
 
 

@@ -18,6 +18,8 @@ from pressd.server.bench.workload import Asked
 T = TypeVar("T")
 # Seconds for questions that need no computing.
 QUICK = 10.0
+# What gRPC puts before each message: whether it is compressed, and its length.
+PREFIX_BYTES = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,7 @@ class OverGrpc:
         """Connect and ask for the model; raises ValueError or CallError."""
         self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._wire_bytes = 0
         # The same prompts, sent by an earlier load, must not be found in the server's prefix cache.
         self._salt = secrets.token_hex(8)
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
@@ -75,8 +78,10 @@ class OverGrpc:
             return found
 
     def facts(self) -> dict[str, float]:
-        """Nothing: a server tells no seconds of its steps."""
-        return {}
+        """Bytes of the messages that came, with gRPC's prefix and without HTTP/2's frames; no seconds of steps."""
+        facts = {"wire_bytes": float(self._wire_bytes)}
+        self._wire_bytes = 0
+        return facts
 
     def close(self) -> None:
         """Call off what still runs, and disconnect."""
@@ -133,6 +138,7 @@ class OverGrpc:
             async with aclosing(answer):
                 async for event in answer:
                     now = time.monotonic()
+                    self._wire_bytes += event.ByteSize() + PREFIX_BYTES
                     if event.HasField("delta"):
                         self._news.put(News(number=number, at=now, num_tokens=event.delta.num_tokens))
                     elif event.HasField("finished"):

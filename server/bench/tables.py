@@ -33,9 +33,12 @@ def one(found: Mapping[str, Any]) -> str:
     """The figures of one target: totals in a sentence, latencies in a table."""
     rate = _number(found["output_tokens_per_s"])
     host = f"; host {_number(found['host_ms_per_step'], 2)} ms a step" if "host_ms_per_step" in found else ""
+    wire = ""
+    if "wire_bytes_per_token" in found:
+        wire = f"; {_number(found['wire_bytes_per_token'])} bytes on the wire a token"
     lines = [
         f"{found['requests']} requests ({found['errors']} failed), {found['output_tokens']:,} tokens in "
-        f"{found['wall_s']:.2f} s: {rate} tokens/s{host}",
+        f"{found['wall_s']:.2f} s: {rate} tokens/s{host}{wire}",
         *aligned(
             [("ms", *(f"p{share}" for share in PERCENTILES))]
             + [(name.removesuffix("_ms"), *map(_number, found[name].values())) for name in LATENCIES]

@@ -154,6 +154,8 @@ def test_summary_is_what_numpy_says() -> None:
     for name, values in expected.items():
         for share in (50, 95, 99):
             assert found[name][f"p{share}"] == pytest.approx(np.percentile(values, share), rel=1e-12)
+    wired: Any = summarize([Run(samples=samples, seconds=5.0, is_whole=True, facts={"wire_bytes": 270.0})])
+    assert wired["wire_bytes_per_token"] == 270 / 9
     nothing: Any = summarize([])
     assert (nothing["requests"], nothing["output_tokens_per_s"], nothing["itl_ms"]["p50"]) == (0, None, None)
 

@@ -16,7 +16,7 @@ from pressd.server.bench.workload import Asked
 
 KEYS = [
     *("requests", "errors", "output_tokens", "wall_s", "output_tokens_per_s"),
-    *("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"),
+    *("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "wire_bytes_per_token"),
 ]
 # Of the server below, all the requests it holds.
 PLACES = 2 + 3
@@ -63,8 +63,30 @@ def test_bench_of_a_server(server: Any, load: tuple[str, ...]) -> None:
     assert found["output_tokens_per_s"] == pytest.approx(350 / found["wall_s"])
     for name in ("ttft_ms", "e2e_ms"):
         assert 0 < found[name]["p50"] <= found[name]["p95"] <= found[name]["p99"] <= 1e3 * found["wall_s"]
+    # At least the tag and the byte of an id below 128; what is exact is tested below.
+    assert 2 < found["wire_bytes_per_token"] < 200
     warm_up = 4 * (2 if load[0] == "--clients" else 1)
     assert server.metric("pressd_generated_tokens_total") - tokens == 350 + warm_up
+
+
+@pytest.mark.system
+def test_bytes_on_the_wire_are_those_of_the_messages(server: Any) -> None:
+    sizes: list[int] = []
+    with OverGrpc(server.target) as target:
+        stream = target._client.stream
+
+        async def spy(*args: Any, **options: Any) -> Any:
+            async for event in stream(*args, **options):
+                sizes.append(len(event.SerializeToString()))
+                yield event
+
+        target._client.stream = spy  # type: ignore[method-assign,assignment]
+        target.send(0, Asked(prompt_token_ids=(1, 2, 3), output_tokens=70))
+        while not any(news.is_last for news in target.poll(60)):
+            pass
+        assert len(sizes) >= 3, "accepted, deltas of what was ready, finished"
+        assert target.facts() == {"wire_bytes": sum(sizes) + 5 * len(sizes)}
+        assert target.facts() == {"wire_bytes": 0}
 
 
 @pytest.mark.system
