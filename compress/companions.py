@@ -18,8 +18,12 @@ COMPANIONS = (
 )
 
 
+def companions(source: Path) -> list[str]:
+    """Return the names of the files of `source` that go with any weights of that model, sorted."""
+    return sorted({path.name for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
+
+
 def copy_companions(source: Path, directory: Path) -> None:
     """Copy the files of `source` that go with any weights of that model."""
-    found = {path.name for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()}
-    for name in sorted(found):
+    for name in companions(source):
         shutil.copyfile(source / name, directory / name)
