@@ -10,23 +10,31 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pressd.runtime.energy import EnergyMeter
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Wall seconds in all, per block, per scheme and per pass; `peak_rss_bytes` is of the process since it started."""
+    """Wall seconds in all, per block, per scheme and per pass; `peak_rss_bytes` is of the process since it started.
+
+    `joules` are of the machine's processor packages, whatever ran on them; None where no meter can be read.
+    """
 
     wall_seconds: float
     peak_rss_bytes: int
     blocks: dict[str, float]
     schemes: dict[str, float]
     passes: dict[str, float]
+    joules: float | None = None
 
 
 class Clock:
-    """Collects wall seconds from its making on: per block, and inside of blocks per scheme and per pass."""
+    """Collects wall seconds from its making on: per block, inside of those per scheme and pass; and joules."""
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter, meter: EnergyMeter | None = None) -> None:
         self._now = now
+        self._meter = EnergyMeter() if meter is None else meter
+        self._joules: float | None = 0.0
         self._start = now()
         self._blocks: dict[str, float] = {}
         self._schemes: defaultdict[str, float] = defaultdict(float)
@@ -38,6 +46,7 @@ class Clock:
         start = self._now()
         yield
         self._blocks[name] = self._now() - start
+        self.tick()
 
     @contextlib.contextmanager
     def scheme(self, name: str) -> Iterator[None]:
@@ -53,18 +62,25 @@ class Clock:
         yield
         self._passes[name] += self._now() - start
 
+    def tick(self) -> None:
+        """Read the meter, whose counters begin again every few minutes: to be called more often than that."""
+        joules = self._meter.read()
+        self._joules = None if joules is None or self._joules is None else self._joules + joules
+
     def seconds(self, block: str) -> float:
         """Seconds of a block that is done."""
         return self._blocks[block]
 
     def cost(self) -> Cost:
         """What was spent until now."""
+        self.tick()
         return Cost(
             wall_seconds=self._now() - self._start,
             peak_rss_bytes=peak_rss_bytes(),
             blocks=dict(self._blocks),
             schemes=dict(self._schemes),
             passes=dict(self._passes),
+            joules=self._joules,
         )
 
 
