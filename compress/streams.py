@@ -22,8 +22,9 @@ from pressd.runtime.layers.linear_loader import LinearLoader
 from pressd.runtime.layers.norm import RMSNorm
 from pressd.runtime.layers.rotary import Rotary
 from pressd.runtime.models.config import DecoderConfig
-from pressd.runtime.models.decoder import Block, independent
+from pressd.runtime.models.decoder import Block
 from pressd.runtime.models.loading import Kernels, choose_kernels, load_block
+from pressd.runtime.models.sequences import independent
 
 # Tokens that run through a layer at once.
 BATCH_TOKENS = 4096

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import torch
 
-from pressd.runtime.kernels.attention.batch import AttentionBatch, QueryRun, page
+from pressd.runtime.kernels.attention.batch import AttentionBatch
 from pressd.runtime.kernels.host_memory import huge_empty
 from pressd.runtime.kernels.registry import PointwiseKernels
 from pressd.runtime.layers.attention import Attention, LayerKV
@@ -19,10 +19,8 @@ from pressd.runtime.layers.mlp import GatedMLP
 from pressd.runtime.layers.norm import RMSNorm
 from pressd.runtime.layers.rotary import Rotary, Rotations
 from pressd.runtime.models.config import DecoderConfig
+from pressd.runtime.models.sequences import independent
 from pressd.runtime.report import KernelChoice
-
-# Tokens in a block of sequences that are computed without a cache to keep, where block tables are followed.
-PAGE = 16
 
 Batches: TypeAlias = AttentionBatch | Sequence[AttentionBatch]
 
@@ -53,33 +51,6 @@ class Block:
     def tensors(self) -> list[torch.Tensor]:
         parts = (self.input_norm, self.attention, self.post_attention_norm, self.mlp)
         return [tensor for part in parts for tensor in part.tensors()]
-
-
-def independent(
-    num_sequences: int, length: int, device: torch.device, *, pages: bool
-) -> tuple[AttentionBatch, torch.Tensor, tuple[int, int]]:
-    """Return a step of whole new sequences of one length: the batch, positions int64 [T], and the pool it needs.
-
-    The pool is given as (blocks, block size); `pages` is for kernels that follow block tables.
-    """
-    block_size = PAGE if pages else length
-    blocks = -(-length // block_size)
-    runs = tuple(
-        QueryRun(
-            start=index * length,
-            length=length,
-            kv_length=length,
-            block_table=range(index * blocks, (index + 1) * blocks),
-            first_block=index * blocks,
-        )
-        for index in range(num_sequences)
-    )
-    sequences = torch.arange(num_sequences, device=device)[:, None] * (blocks * block_size)
-    slots = (sequences + torch.arange(length, device=device)).flatten()
-    decoding, prompts = page(runs, block_size, device) if pages else (None, None)
-    batch = AttentionBatch(runs=runs, slot_mapping=slots, decoding=decoding, prompts=prompts)
-    positions = torch.arange(length, device=device).repeat(num_sequences)
-    return batch, positions, (num_sequences * blocks, block_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
