@@ -5,26 +5,47 @@ Both models compute in float32 with the kernels that serve on this machine: so w
 measured on the code path that answers users.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pressd.compress.fidelity import PerToken, compare, summarise
+from pressd.compress import divergence, tasks
+from pressd.compress.cost import Clock
+from pressd.compress.fidelity import PerToken, summarise
+from pressd.compress.footprint import footprint
+from pressd.compress.forwards import Head, Progress, check_context, compare_rows, final_hidden, load
 from pressd.compress.measurement import keeps
 from pressd.compress.protocol import SEQ_LEN, TOKENS
 from pressd.compress.report import refresh_quality
-from pressd.compress.token_rows import read_rows
+from pressd.compress.robustness import perturbed_rows, summarise_robustness
+from pressd.compress.spending import Factors, spent
+from pressd.compress.token_rows import TokenRows, read_rows
 from pressd.runtime.artifact.manifest import Manifest, read_manifest, write_manifest
 from pressd.runtime.artifact.reader import Checkpoint
-from pressd.runtime.models import Decoder, load_decoder
+from pressd.runtime.models import Decoder
 
-# Tokens that run through a decoder at once, and numbers per temporary of the comparison (32 MiB in float64).
-_BATCH_TOKENS = 4096
-_CHUNK_LOGITS = 1 << 22
+# Entries of a measurement that say where and how it was made, not what the artifact is.
+_NOT_RECORDED = ("artifact", "cost")
 
-Progress = Callable[[str, int, int], None]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Questions:
+    """What both models are asked: rows to predict (the text as it is first), prompts to continue, tasks to solve."""
+
+    rows: Mapping[str, Tensor]
+    prompts_NT: Tensor | None
+    tasks: tasks.Tasks | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answers:
+    """What one model made of the prompts and the tasks."""
+
+    continuations_NG: Tensor | None
+    tasks: tasks.Scores | None
 
 
 @torch.inference_mode()
@@ -35,27 +56,48 @@ def evaluate(
     data: str = "stdlib",
     tokens: int = TOKENS,
     seq_len: int = SEQ_LEN,
+    robustness: bool = False,
+    diverge: bool = False,
+    task_names: Sequence[str] = (),
+    factors: Factors | None = None,
     progress: Progress | None = None,
 ) -> dict[str, object]:
     """Return fidelity metrics of `artifact` against `source` (default: what its manifest says it was pressed from).
 
-    `data` is what corpus.load knows. Raises ValueError if there is no source, the two differ in vocabulary, rows are
-    longer than a context, or the text is too short. `progress` is told (model, rows done, rows).
+    `data` is what corpus.load knows. `robustness` repeats the measurement on perturbed text, `diverge` looks for the
+    first token in which greedy continuations differ, `task_names` are what tasks.load_tasks knows; each is an entry
+    more. Raises ValueError if there is no source, the two differ in vocabulary, rows or continuations are longer than a
+    context, the text is too short, or the artifact was calibrated on it. `progress` is told (what, rows done, rows).
     """
+    factors = factors or Factors()
+    factors.check()
+    clock = Clock()
     pressed = Checkpoint.open(artifact)
     dense = Checkpoint.open(_source_of(pressed) if source is None else source)
-    vocabularies = [checkpoint.linear("lm_head").out_features for checkpoint in (dense, pressed)]
-    if vocabularies[0] != vocabularies[1]:
-        raise ValueError(
-            f"{dense.path} has {vocabularies[0]} tokens and {pressed.path} {vocabularies[1]}: not one model"
-        )
+    _check_one_model(dense, pressed)
     rows = read_rows(data, dense, tokens=tokens, seq_len=seq_len)
-    progress = progress or _silent
-    source_hidden, source_head = _final_hidden(dense, rows.ids, progress)
-    per_token = _compare_all(pressed, rows.ids, source_hidden, source_head, progress)
+    _check_held_out(pressed, rows)
+    for checkpoint in (dense, pressed):
+        check_context(checkpoint, rows.ids.size(1), "seq_len")
+    questions = _questions(rows, data, (dense, pressed), tokens, robustness, diverge, task_names)
+
+    def tell(what: str, done: int, total: int) -> None:
+        clock.tick()
+        (progress or _silent)(what, done, total)
+
+    hidden, head, expected = _ask_source(dense, questions, tell)
+    compared, given = _ask_artifact(pressed, questions, hidden, head, tell)
+    clean = compared.pop("")
     # Resolved as in the manifest, so that one source has one name wherever the command was run.
-    paths = {"source": str(dense.path.resolve()), "artifact": str(pressed.path)}
-    return {**paths, "data": rows.describe(), **summarise(per_token)}
+    found: dict[str, object] = {"source": str(dense.path.resolve()), "artifact": str(pressed.path)}
+    found |= {"data": rows.describe(), **summarise(clean)}
+    found["footprint"] = _footprints(dense, pressed, rows.ids.size(1))
+    if compared:
+        found["robustness"] = summarise_robustness(clean, compared)
+    found |= _further(questions, expected, given)
+    cost = clock.cost()
+    found["cost"] = spent(cost.wall_seconds, cost.joules, factors)
+    return found
 
 
 def record_quality(artifact: str | Path, quality: dict[str, object]) -> bool:
@@ -67,7 +109,7 @@ def record_quality(artifact: str | Path, quality: dict[str, object]) -> bool:
     manifest = read_manifest(path)
     if manifest is None or _tokens(quality) < TOKENS:
         return False
-    recorded = {name: value for name, value in quality.items() if name != "artifact"}
+    recorded = {name: value for name, value in quality.items() if name not in _NOT_RECORDED}
     measured = manifest.model_copy(update={"quality": recorded})
     write_manifest(path, measured)
     refresh_quality(path, measured)
@@ -85,7 +127,7 @@ def missed_gates(manifest: Manifest | None, quality: Mapping[str, object]) -> li
     return lines
 
 
-def _silent(model: str, done: int, total: int) -> None:
+def _silent(what: str, done: int, total: int) -> None:
     pass
 
 
@@ -110,51 +152,93 @@ def _source_of(artifact: Checkpoint) -> Path:
     return path
 
 
-def _load(checkpoint: Checkpoint, seq_len: int) -> Decoder:
-    decoder = load_decoder(checkpoint, device=torch.device("cpu"), dtype=torch.float32, prefer="fast")
-    if seq_len > decoder.config.max_context:
-        raise ValueError(f"{checkpoint.path} reads {decoder.config.max_context} tokens at once; seq_len is {seq_len}")
-    return decoder
+def _check_one_model(dense: Checkpoint, pressed: Checkpoint) -> None:
+    vocabularies = [checkpoint.linear("lm_head").out_features for checkpoint in (dense, pressed)]
+    if vocabularies[0] != vocabularies[1]:
+        raise ValueError(
+            f"{dense.path} has {vocabularies[0]} tokens and {pressed.path} {vocabularies[1]}: not one model"
+        )
 
 
-def _final_hidden(
-    checkpoint: Checkpoint, ids_RT: Tensor, progress: Progress
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Return the source's hidden states [R, T - 1, H] and its head.
-
-    Logits of every token would take V / H times the memory; they are computed again where they are compared.
-    """
-    decoder = _load(checkpoint, ids_RT.size(1))
-    parts = []
-    for batch_BT in _batches(ids_RT):
-        parts.append(decoder.hidden_states(batch_BT)[:, :-1])
-        progress("source", sum(len(part) for part in parts), len(ids_RT))
-    return torch.cat(parts), decoder.head
+def _check_held_out(pressed: Checkpoint, rows: TokenRows) -> None:
+    """What an artifact was fitted to says little about any other text."""
+    calibration = {} if pressed.manifest is None else pressed.manifest.calibration
+    if calibration.get("text_sha256") == rows.sha256:
+        raise ValueError(
+            f"data {rows.name}: {pressed.path} was calibrated on this very text; give --data other text to measure on"
+        )
 
 
-def _compare_all(
-    checkpoint: Checkpoint,
-    ids_RT: Tensor,
-    source_hidden_RTH: Tensor,
-    source_head: Callable[[Tensor], Tensor],
-    progress: Progress,
-) -> PerToken:
-    decoder = _load(checkpoint, ids_RT.size(1))
-    parts: list[PerToken] = []
-    done = 0
-    for batch_BT in _batches(ids_RT):
-        hidden = decoder.hidden_states(batch_BT)[:, :-1].flatten(0, 1)
-        source_hidden = source_hidden_RTH[done : done + len(batch_BT)].flatten(0, 1)
-        targets = batch_BT[:, 1:].flatten()
-        chunk = max(1, _CHUNK_LOGITS // decoder.config.vocab_size)
-        for piece in zip(
-            torch.split(source_hidden, chunk), torch.split(hidden, chunk), torch.split(targets, chunk), strict=True
-        ):
-            parts.append(compare(source_head(piece[0]), decoder.head(piece[1]), piece[2]))
-        done += len(batch_BT)
-        progress("artifact", done, len(ids_RT))
-    return PerToken.join(parts, len(ids_RT))
+def _questions(
+    rows: TokenRows,
+    data: str,
+    models: tuple[Checkpoint, Checkpoint],
+    tokens: int,
+    robustness: bool,
+    diverge: bool,
+    task_names: Sequence[str],
+) -> _Questions:
+    """Everything that both models will be asked, made before a weight is loaded."""
+    asked = {"": rows.ids}
+    if robustness:
+        changed = perturbed_rows(data, models[0], tokens=tokens, seq_len=rows.ids.size(1))
+        asked |= {kind: other.ids for kind, other in changed.items()}
+    prompts = divergence.choose_prompts(rows.ids) if diverge else None
+    if prompts is not None:
+        for checkpoint in models:
+            check_context(checkpoint, prompts.size(1) + divergence.NEW_TOKENS, "a prompt with its continuation")
+    return _Questions(
+        rows=asked,
+        prompts_NT=prompts,
+        tasks=tasks.load_tasks(task_names) if task_names else None,
+    )
 
 
-def _batches(ids_RT: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(ids_RT, max(1, _BATCH_TOKENS // ids_RT.size(1)))
+def _ask_source(
+    checkpoint: Checkpoint, questions: _Questions, progress: Progress
+) -> tuple[dict[str, Tensor], Head, _Answers]:
+    """Return the source's hidden states of all rows, its head, and its answers; the rest of it is freed."""
+    decoder = load(checkpoint)
+    hidden = {
+        kind: final_hidden(decoder, ids, _label("source", kind), progress) for kind, ids in questions.rows.items()
+    }
+    return hidden, decoder.head, _answers(checkpoint, decoder, questions)
+
+
+def _ask_artifact(
+    checkpoint: Checkpoint, questions: _Questions, hidden: dict[str, Tensor], head: Head, progress: Progress
+) -> tuple[dict[str, PerToken], _Answers]:
+    decoder = load(checkpoint)
+    compared = {
+        kind: compare_rows(decoder, ids, hidden.pop(kind), head, _label("artifact", kind), progress)
+        for kind, ids in questions.rows.items()
+    }
+    return compared, _answers(checkpoint, decoder, questions)
+
+
+def _answers(checkpoint: Checkpoint, decoder: Decoder, questions: _Questions) -> _Answers:
+    prompts = questions.prompts_NT
+    return _Answers(
+        continuations_NG=None if prompts is None else divergence.continuations(decoder, prompts),
+        tasks=None if questions.tasks is None else questions.tasks.run(decoder, checkpoint),
+    )
+
+
+def _footprints(dense: Checkpoint, pressed: Checkpoint, context: int) -> dict[str, object]:
+    return {"source": asdict(footprint(dense, context)), "artifact": asdict(footprint(pressed, context))}
+
+
+def _further(questions: _Questions, expected: _Answers, given: _Answers) -> dict[str, object]:
+    """The entries of what was asked besides rows."""
+    found: dict[str, object] = {}
+    if expected.continuations_NG is not None and given.continuations_NG is not None:
+        assert questions.prompts_NT is not None
+        first = divergence.first_differences(given.continuations_NG, expected.continuations_NG)
+        found["divergence"] = divergence.summarise_divergence(first, questions.prompts_NT.size(1))
+    if expected.tasks is not None and given.tasks is not None:
+        found["tasks"] = tasks.compare_scores(expected.tasks, given.tasks)
+    return found
+
+
+def _label(model: str, kind: str) -> str:
+    return f"{model} ({kind})" if kind else model

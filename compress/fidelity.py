@@ -64,17 +64,17 @@ def summarise(tokens: PerToken) -> dict[str, object]:
         "top1_agreement": float(tokens.agrees.mean()),
         "js_mean": float(tokens.js.mean()),
         "stderr": {
-            "ppl_source": _scaled(ppl_source, _standard_error(tokens.nll_source)),
-            "ppl": _scaled(ppl, _standard_error(tokens.nll)),
-            "ppl_ratio": _scaled(ratio, _standard_error(tokens.nll - tokens.nll_source)),
-            "kl_mean": _standard_error(tokens.kl),
-            "top1_agreement": _standard_error(tokens.agrees),
-            "js_mean": _standard_error(tokens.js),
+            "ppl_source": _scaled(ppl_source, standard_error(tokens.nll_source)),
+            "ppl": _scaled(ppl, standard_error(tokens.nll)),
+            "ppl_ratio": _scaled(ratio, standard_error(tokens.nll - tokens.nll_source)),
+            "kl_mean": standard_error(tokens.kl),
+            "top1_agreement": standard_error(tokens.agrees),
+            "js_mean": standard_error(tokens.js),
         },
     }
 
 
-def _standard_error(values: Tensor) -> float | None:
+def standard_error(values: Tensor) -> float | None:
     """Standard error of the mean of values [rows, tokens], rows taken as the independent observations."""
     rows = values.size(0)
     return float(values.mean(dim=1).std()) / math.sqrt(rows) if rows > 1 else None

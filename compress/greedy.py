@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from pressd.runtime.models import Decoder
-from pressd.runtime.models.decoder import PAGE
-from pressd.runtime.models.sequences import step_of_equals
+from pressd.runtime.models.sequences import PAGE, step_of_equals
 
 
 def greedy(decoder: Decoder, prompts_BT: Tensor, most: int) -> Iterator[Tensor]:

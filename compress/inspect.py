@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from pressd.compress.quality_text import show_more
 from pressd.compress.report import Report
 from pressd.compress.tables import mebibytes, table
 from pressd.runtime.artifact.manifest import Manifest, PlannedGroup, Totals, read_manifest
@@ -55,14 +56,16 @@ def show_quality(quality: dict[str, object]) -> str:
             error = errors.get(name)
             rows.append((name, f"{value:.{_DIGITS}g}", "" if error is None else f"{error:.2g}"))
     read = f"{data['tokens']} tokens of {data['name']} ({data['split']}) in rows of {data['seq_len']}"
-    return f"{table(rows)}\nagainst {quality['source']} on {read}; standard errors are over rows, logarithms natural"
+    shown = f"{table(rows)}\nagainst {quality['source']} on {read}; standard errors are over rows, logarithms natural"
+    return "\n\n".join([shown, *show_more(quality)])
 
 
 def _show_cost(report: Report) -> str:
     cost, machine = report.cost, report.machine
+    energy = "" if cost.joules is None else f", {cost.joules:.0f} J of the processors"
     return (
-        f"pressed in {cost.wall_seconds:.1f} s, {mebibytes(cost.peak_rss_bytes)} of memory at most, on {machine.cpu} "
-        f"({machine.cores} cores) with torch {machine.torch}"
+        f"pressed in {cost.wall_seconds:.1f} s{energy}, {mebibytes(cost.peak_rss_bytes)} of memory at most, on "
+        f"{machine.cpu} ({machine.cores} cores) with torch {machine.torch}"
     )
 
 

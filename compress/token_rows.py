@@ -1,5 +1,6 @@
 """Text as rows of tokens of one length: what an evaluation reads."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,12 @@ class TokenRows:
         }
 
 
-def read_rows(data: str, tokenizer_of: Checkpoint, *, tokens: int, seq_len: int) -> TokenRows:
+def read_rows(
+    data: str, tokenizer_of: Checkpoint, *, tokens: int, seq_len: int, change: Callable[[str, int], str] | None = None
+) -> TokenRows:
     """Return the first `tokens` of the held-out text as whole rows, fewer if the text is shorter.
 
+    `change` is made to each document, given its number, before it is tokenized; `sha256` is of the text before.
     Raises ValueError if there is not one row, or the tokenizer or the text cannot be read.
     """
     if seq_len < 2 or tokens < seq_len:
@@ -45,7 +49,10 @@ def read_rows(data: str, tokenizer_of: Checkpoint, *, tokens: int, seq_len: int)
             f"tokens is {tokens} and seq_len {seq_len}; seq_len must be at least 2, and tokens at least that"
         )
     text = corpus.load(data, SPLIT)
-    ids, num_tokens = cut_rows(text.documents, prepare(tokenizer_of), seq_len, limit=tokens // seq_len)
+    documents = text.documents
+    if change is not None:
+        documents = tuple(change(document, number) for number, document in enumerate(documents))
+    ids, num_tokens = cut_rows(documents, prepare(tokenizer_of), seq_len, limit=tokens // seq_len)
     if len(ids) == 0:
         raise ValueError(f"data {data}: {num_tokens} tokens do not fill one row of {seq_len}; give more text")
     return TokenRows(name=text.name, sha256=text.sha256, ids=ids)
@@ -75,7 +82,8 @@ def cut_rows(
 ) -> tuple[Tensor, int]:
     """Return documents, one after the other, as whole rows int64 [rows, seq_len], and how many tokens were read.
 
-    There are at most `limit` rows, and what lies behind them is not read. Every row begins with BOS if the tokenizer has one. Raises ValueError for ids outside of the vocabulary.
+    There are at most `limit` rows, and what lies behind them is not read. Every row begins with BOS if the tokenizer
+    has one. Raises ValueError for ids outside of the vocabulary.
     """
     tokenizer = prepared.tokenizer
     prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

@@ -15,6 +15,7 @@ from pressd.compress.progress import ProgressLine
 if TYPE_CHECKING:
     from pressd.compress.press import BlockDone
     from pressd.compress.recipe import Recipe
+    from pressd.compress.spending import Factors
 
 GATE_MISSED = 3
 
@@ -23,9 +24,13 @@ def run_compress(args: argparse.Namespace) -> int:
     """Press, then say what came out."""
     from pressd.compress.inspect import show_totals
     from pressd.compress.press import compress
+    from pressd.compress.report import read_report
+    from pressd.compress.spending import show_spent, spent
     from pressd.compress.staging import leftovers
     from pressd.runtime.artifact.manifest import is_artifact
 
+    factors = _factors(args)
+    factors.check()
     source, recipe = _source_and_recipe(args)
     progress = ProgressLine()
 
@@ -37,6 +42,10 @@ def run_compress(args: argparse.Namespace) -> int:
         sys.stderr.write(f"note: {path} is left from a run that was killed; {what}\n")
     manifest = compress(source, recipe, args.out, overwrite=args.overwrite, progress=tell, command=args.command)
     _say(manifest.to_json() if args.json else f"{args.out}: {show_totals(manifest.totals)}\n")
+    if factors.are_told:
+        report = read_report(Path(args.out))
+        assert report is not None
+        sys.stderr.write(f"{show_spent(spent(report.cost.wall_seconds, report.cost.joules, factors))}\n")
     return 0
 
 
@@ -73,6 +82,10 @@ def run_eval(args: argparse.Namespace) -> int:
         data=args.data,
         tokens=args.tokens,
         seq_len=args.seq_len,
+        robustness=args.robustness,
+        diverge=args.divergence,
+        task_names=args.tasks,
+        factors=_factors(args),
         progress=ProgressLine().tell,
     )
     _say((json.dumps(quality) if args.json else show_quality(quality)) + "\n")
@@ -137,6 +150,12 @@ def run_convert(args: argparse.Namespace) -> int:
         )
     _say(f"{args.out}: {mebibytes(converted.bytes)} of weights in {converted.dtype}\n")
     return 0
+
+
+def _factors(args: argparse.Namespace) -> "Factors":
+    from pressd.compress.spending import Factors
+
+    return Factors(grid_gco2_per_kwh=args.grid_gco2_per_kwh, price_per_hour=args.price_per_hour)
 
 
 def _source_and_recipe(args: argparse.Namespace) -> "tuple[str, Recipe]":

@@ -26,6 +26,7 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     _add_source_and_recipe(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is at OUT")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    _add_factors(parser)
     # The whole line, which the program that was called knows.
     parser.set_defaults(run=runs.run_compress, command=None)
 
@@ -58,8 +59,33 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="stdlib", help="stdlib (held-out part), or a .txt or .jsonl file")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="default: %(default)s")
     parser.add_argument("--seq-len", type=int, default=SEQ_LEN, help="tokens per row; default: %(default)s")
+    parser.add_argument(
+        "--robustness", action="store_true", help="also on text with typos, flipped case and other white space"
+    )
+    parser.add_argument(
+        "--divergence", action="store_true", help="also where greedy continuations of prompts begin to differ"
+    )
+    parser.add_argument(
+        "--tasks",
+        metavar="NAME[,NAME]",
+        type=_names,
+        default=(),
+        help="also tasks of lm-eval, by name or as .yaml files (needs pip install 'pressd[tasks]')",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_factors(parser)
     parser.set_defaults(run=runs.run_eval)
+
+
+def _add_factors(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--grid-gco2-per-kwh", metavar="G", type=float, help="your grid's grams of CO2: tell what this run emitted"
+    )
+    parser.add_argument("--price-per-hour", metavar="P", type=float, help="of this machine: tell what this run cost")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:

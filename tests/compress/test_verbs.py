@@ -106,7 +106,7 @@ def test_eval_prints_one_object_and_a_missed_gate_is_exit_3(
     found = json.loads(captured.out)
     assert found.keys() == {
         *("source", "artifact", "data", "ppl_source", "ppl", "ppl_ratio", "kl_mean", "kl_median", "kl_p99", "kl_max"),
-        *("top1_agreement", "js_mean", "stderr"),
+        *("top1_agreement", "js_mean", "stderr", "footprint", "cost"),
     }
     assert {"name", "split", "tokens", "seq_len", "sha256"} <= found["data"].keys()
     assert captured.err.splitlines()[-1].startswith("gate missed: kl_mean is ")
@@ -264,3 +264,38 @@ def test_a_copy_of_an_artifact_is_the_same_artifact(pressed: Path, tmp_path: Pat
     copy = Path(shutil.copytree(pressed, tmp_path / "elsewhere"))
     assert run("verify", copy, "--full") == 0
     assert read_manifest(copy) == read_manifest(pressed)
+
+
+def test_eval_tells_more_when_it_is_asked(
+    pressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "TOKENS", 128)
+    data = tmp_path / "text.txt"
+    data.write_text("import this\n" * 50)
+    words = ("eval", pressed, "--data", data, "--tokens", "128", "--seq-len", "64", "--robustness", "--divergence")
+    assert run(*words, "--price-per-hour", "3600", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"robustness", "divergence", "footprint", "cost"} <= found.keys()
+    assert list(found["cost"]) == ["wall_seconds", "joules", "price_per_hour", "price"]
+    assert found["cost"]["price"] == pytest.approx(found["cost"]["wall_seconds"])
+    manifest = read_manifest(pressed)
+    assert manifest is not None
+    # What it cost differs from run to run, which the manifest must not.
+    assert manifest.quality == {name: value for name, value in found.items() if name not in ("artifact", "cost")}
+    assert run("inspect", pressed) == 0
+    shown = capsys.readouterr().out
+    for part in ("ratio_of_ratios", "whitespace", "first differ at token", "read_bytes_per_token"):
+        assert part in shown
+    assert "per hour" not in shown
+
+
+def test_compress_tells_its_price_beside_the_factor(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("compress", tiny_llama, "-o", tmp_path / "out", "-s", "w8a8", "--price-per-hour", "2", "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["schema"] == 1
+    assert captured.err.splitlines()[-1].endswith(" at a price of 2 per hour")
+    with pytest.raises(ValueError, match=r"price_per_hour is -2\.0; give a number of at least 0"):
+        run("compress", tiny_llama, "-o", tmp_path / "two", "-s", "w8a8", "--price-per-hour", "-2")
+    assert not (tmp_path / "two").exists()
