@@ -8,6 +8,7 @@ from pressd.compress.group_plan import GroupPlan
 from pressd.compress.planned_passes import check_passes, passes_of
 from pressd.compress.recipe import KEEP, Recipe, Rule
 from pressd.runtime.artifact.families import EMBED, LM_HEAD, Block, FusedGroup, ModelMap, describe
+from pressd.runtime.artifact.kv_scales import KVScheme
 from pressd.runtime.artifact.quantization import check_group
 from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.artifact.schemes import CASTS, parse_scheme
@@ -27,7 +28,8 @@ class BlockPlan:
 class Plan:
     """What to do with every tensor of the source. `dtype` is that of scales and of everything that stays dense.
 
-    `unties` says that the source's head is its embedding and that the two are stored apart.
+    `unties` says that the source's head is its embedding and that the two are stored apart. With a `kv_scheme` the
+    artifact holds scales for the keys and values of every layer.
     """
 
     model: ModelMap
@@ -35,6 +37,7 @@ class Plan:
     blocks: tuple[BlockPlan, ...]
     recipe: Recipe
     unties: bool = False
+    kv_scheme: KVScheme | None = None
 
     @property
     def reads_text(self) -> bool:

@@ -13,10 +13,14 @@ import torch
 from pressd.compress.group_plan import GroupPlan
 from pressd.compress.plan import Plan
 from pressd.runtime.artifact.families import EMBED, LM_HEAD, ModelMap
+from pressd.runtime.artifact.kv_scales import KEY as KV_KEY
 from pressd.runtime.artifact.own_config import hide
 from pressd.runtime.artifact.quantization import FORMATS, MIXED
 from pressd.runtime.artifact.specs import Packed
 from pressd.runtime.kernels.fp8 import format as fp8
+
+# What compressed-tensors calls an artifact in which nothing but keys and values has scales.
+DENSE = "dense"
 
 
 def with_precision(config: dict[str, object], dtype: torch.dtype) -> dict[str, object]:
@@ -26,17 +30,21 @@ def with_precision(config: dict[str, object], dtype: torch.dtype) -> dict[str, o
 
 
 def artifact_config(source: dict[str, object], plan: Plan) -> dict[str, object]:
-    """Return config.json of the artifact: the source's, with its precision and how its linears are stored."""
+    """Return config.json of the artifact: the source's, with its precision and how its linears are stored.
+
+    The scales of keys and values that a plan has are said as well.
+    """
     config = with_precision(source, plan.dtype)
     if plan.unties:
         config["tie_word_embeddings"] = False
     if needs_own_format(plan):
-        return hide(config, {group.group.name: group.scheme for group in plan.groups() if group.is_pressed})
+        schemes = {group.group.name: group.scheme for group in plan.groups() if group.is_pressed}
+        return hide(config, schemes, plan.kv_scheme)
     pressed: dict[str, list[GroupPlan]] = defaultdict(list)
     for group in plan.groups():
         if group.is_pressed:
             pressed[group.scheme].append(group)
-    if pressed:
+    if pressed or plan.kv_scheme is not None:
         config["quantization_config"] = _quantization_config(plan, pressed)
     return config
 
@@ -94,13 +102,15 @@ def _quantization_config(plan: Plan, pressed: dict[str, list[GroupPlan]]) -> dic
         f"group_{index}": _config_group(members, ["Linear"] if everywhere else _patterns(plan.model, members))
         for index, members in enumerate(pressed.values())
     }
-    formats = {str(group["format"]) for group in groups.values()}
+    formats = {str(group["format"]) for group in groups.values()} or {DENSE}
+    kv_words = {} if plan.kv_scheme is None else {KV_KEY: plan.kv_scheme.to_config()}
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": _name_patterns(plan.model, dense),
+        **kv_words,
     }
 
 

@@ -30,9 +30,15 @@ def linear_specs(model: ModelMap, stored: StoredSchemes, dtype: torch.dtype) -> 
     return specs
 
 
-def check_tensors(path: Path, shards: Shards, specs: Mapping[str, LinearSpec], model: ModelMap) -> None:
+def check_tensors(
+    path: Path,
+    shards: Shards,
+    specs: Mapping[str, LinearSpec],
+    model: ModelMap,
+    kv_scales: Mapping[str, tuple[int, ...]],
+) -> None:
     """Compare headers with what config.json announces: nothing missing, nothing more, every type and shape."""
-    expected = _expected(model, specs)
+    expected = _expected(model, specs) | {name: (None, shape) for name, shape in kv_scales.items()}
     missing = sorted(expected.keys() - shards.entries.keys())
     if missing:
         raise ArtifactError(f"tensor {missing[0]!r} is missing ({len(missing)} in all); the checkpoint is incomplete")

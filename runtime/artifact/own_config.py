@@ -7,6 +7,8 @@ fused group is stored in is its `quantization_config`.
 from collections.abc import Mapping
 
 from pressd.runtime.artifact.errors import ArtifactError
+from pressd.runtime.artifact.kv_scales import KEY as KV_KEY
+from pressd.runtime.artifact.kv_scales import KVScheme
 
 MODEL_TYPE = "pressd"
 ARCHITECTURE = "PressdForCausalLM"
@@ -15,14 +17,17 @@ _KEPT = ("architectures", "model_type")
 _OTHER_LOADERS = ("auto_map",)
 
 
-def hide(config: Mapping[str, object], schemes: Mapping[str, str]) -> dict[str, object]:
+def hide(
+    config: Mapping[str, object], schemes: Mapping[str, str], kv_scheme: KVScheme | None = None
+) -> dict[str, object]:
     """Return `config` under the name that only this reader knows; `schemes` by fused group."""
+    kv_words = {} if kv_scheme is None else {KV_KEY: kv_scheme.to_config()}
     hidden = {key: value for key, value in config.items() if key not in _OTHER_LOADERS}
     return hidden | {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         "pressd": {key: config[key] for key in _KEPT if key in config},
-        "quantization_config": {"quant_method": MODEL_TYPE, "schemes": dict(schemes)},
+        "quantization_config": {"quant_method": MODEL_TYPE, "schemes": dict(schemes)} | kv_words,
     }
 
 

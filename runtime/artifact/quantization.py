@@ -61,7 +61,7 @@ def read_quantization(config: Mapping[str, object], model: ModelMap) -> StoredSc
     if fields.get("quantization_status") != "compressed":
         status = fields.get("quantization_status")
         raise ArtifactError(f"{where}: quantization_status is {status!r}; only compressed weights are read")
-    for key in ("kv_cache_scheme", "transform_config", "sparsity_config", "moe_sparsity_config"):
+    for key in ("transform_config", "sparsity_config", "moe_sparsity_config"):
         if fields.get(key) and fields[key] != {"format": "dense"}:
             raise ArtifactError(f"{where}: {key} is not supported; serve a checkpoint without it")
     targets: list[tuple[str, Scheme]] = []

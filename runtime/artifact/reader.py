@@ -16,6 +16,7 @@ from pressd.runtime.artifact.directory import Shards, find_shards, read_config
 from pressd.runtime.artifact.errors import ArtifactError
 from pressd.runtime.artifact.expected import FLOATS, check_tensors, linear_specs
 from pressd.runtime.artifact.families import EMBED_PREFIX, LM_HEAD, ModelMap, describe
+from pressd.runtime.artifact.kv_scales import KVScheme, read_kv_scheme, scale_names, scale_shapes
 from pressd.runtime.artifact.manifest import Manifest, digest_file, read_manifest
 from pressd.runtime.artifact.own_config import restore
 from pressd.runtime.artifact.quantization import read_quantization
@@ -44,12 +45,14 @@ class Checkpoint:
         model: ModelMap,
         dtype: torch.dtype,
         specs: dict[str, LinearSpec],
+        kv_scheme: KVScheme | None,
     ) -> None:
         self.path = path
         self.config = config
         self.manifest = manifest
         self.model = model
         self.torch_dtype = dtype
+        self.kv_scheme = kv_scheme
         self._shards = shards
         self._specs = specs
         self._open: dict[str, safe_open] = {}
@@ -70,9 +73,17 @@ class Checkpoint:
             shards = _without_tied_copy(path, shards)
         dtype = _dtype(config, shards)
         specs = linear_specs(model, read_quantization(config, model), dtype)
-        check_tensors(path, shards, specs, model)
+        kv_scheme = read_kv_scheme(config)
+        check_tensors(path, shards, specs, model, scale_shapes(kv_scheme, len(model.attention.windows)))
         checkpoint = cls(
-            path=path, config=config, manifest=manifest, shards=shards, model=model, dtype=dtype, specs=specs
+            path=path,
+            config=config,
+            manifest=manifest,
+            shards=shards,
+            model=model,
+            dtype=dtype,
+            specs=specs,
+            kv_scheme=kv_scheme,
         )
         if manifest is not None and sum(file.bytes for file in manifest.files.values()) < HASH_BELOW_BYTES:
             checkpoint.verify(full=True)
@@ -158,6 +169,23 @@ class Checkpoint:
             if suffix.endswith("mask") and not mask.is_two_of_four(tensor, spec.in_features):
                 raise ArtifactError(f"{file}: {where} does not keep two of every four; press the source again")
         return tensors
+
+    def kv_scales(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the scales, float32 [1], of the keys and of the values of a layer, where `kv_scheme` says that it has.
+
+        Raises ArtifactError if one is not finite or not above 0.
+        """
+        keys, values = (self._kv_scale(name) for name in scale_names(layer))
+        return keys, values
+
+    def _kv_scale(self, name: str) -> Tensor:
+        scale = self.tensor(name).to(torch.float32)
+        if not 0.0 < scale.item() < torch.inf:
+            file = self._shards.file_of[name]
+            raise ArtifactError(
+                f"{file}: {name} is {scale.item()}; a scale is finite and above 0, press the source again"
+            )
+        return scale
 
     def verify(self, *, full: bool) -> None:
         """Compare the files with the manifest, sizes or (full) digests; raises ArtifactError on the first difference.

@@ -211,7 +211,7 @@ HOSTILE: list[tuple[str, str, Damage, str]] = [
     ),
     ("unknown method", "pressed", quantization(quant_method="gptq"), "quant_method 'gptq' is not known"),
     ("not compressed", "pressed", quantization(quantization_status="frozen"), "quantization_status is 'frozen'"),
-    ("quantised cache", "pressed", quantization(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme is not supported"),
+    ("quantised cache", "pressed", quantization(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme: only 8 bits, int"),
     ("no groups", "pressed", quantization(config_groups=None), "config_groups: needs an object"),
     ("preset", "pressed", quantization(config_groups={"W4A16": ["Linear"]}), "W4A16: needs an object"),
     ("no targets", "pressed", quantization(config_groups__group_0__targets=None), "needs a list of names"),
