@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pressd.compress.group_plan import GroupPlan
 from pressd.compress.plan import BlockPlan
+from pressd.runtime.artifact.kv_scales import scale_names
 from pressd.runtime.artifact.specs import LinearSpec, Packed
 from pressd.runtime.kernels.registry import Tensors
 
@@ -84,6 +85,11 @@ class BlockWork:
     def tensor(self, name: str) -> Tensor:
         """Return a tensor that is no linear's weight."""
         return self.others[name]
+
+    def kv_scales(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the scales of a layer's keys and values, once they have been measured."""
+        keys, values = (self.others[name].to(WORK) for name in scale_names(layer))
+        return keys, values
 
     def linear(self, prefix: str) -> LinearSpec:
         """Return how the weight at `prefix` is stored now."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pressd.compress.block_work import BlockWork
 from pressd.runtime.artifact.families import FusedGroup
-from pressd.runtime.kernels.attention.batch import AttentionBatch
+from pressd.runtime.kernels.attention.batch import AttentionBatch, KVFormat
 from pressd.runtime.kernels.registry import Preference, describe_device
 from pressd.runtime.layers.attention import LayerKV
 from pressd.runtime.layers.linear import LinearLayer
@@ -45,7 +45,7 @@ class Lane:
         cls, config: DecoderConfig, device: torch.device, dtype: torch.dtype, seq_len: int, prefer: Preference = "fast"
     ) -> "Lane":
         """Choose kernels for a device."""
-        layers, _ = choose_kernels(config, describe_device(device), dtype, prefer)
+        layers, _ = choose_kernels(config, describe_device(device), dtype, prefer, KVFormat())
         rotary = Rotary(config.rope, config.head_dim, seq_len, device, dtype)
         return cls(device=device, dtype=dtype, prefer=prefer, layers=tuple(layers), rotary=rotary)
 

@@ -6,17 +6,21 @@ from typing import Literal
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "float64", "bfloat16", "float16"]
+KVDtypeName = Literal["auto", "bf16", "int8", "fp8"]
 KernelPreference = Literal["fast", "reference"]
 
 DEVICES: tuple[DeviceName, ...] = ("auto", "cpu", "cuda")
 DTYPES: tuple[DtypeName, ...] = ("auto", "float32", "float64", "bfloat16", "float16")
+KV_DTYPES: tuple[KVDtypeName, ...] = ("auto", "bf16", "int8", "fp8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Settings of one engine; every bound is checked once, here.
 
-    `dtype` is what layers compute in (`auto`: the checkpoint's own). `kv_memory` is in bytes (None: as much as
+    `dtype` is what layers compute in (`auto`: the checkpoint's own). `kv_dtype` is what keys and values are stored in
+    (`auto`: what layers compute in); the scales of int8 and fp8 are the checkpoint's where it has some for that type,
+    else each token and head has its own. `kv_memory` is in bytes (None: as much as
     `max_batch` requests of `max_context` tokens need, within a quarter of the free memory). `max_context` None takes
     the model's own limit. `threads` None leaves torch's choice. `target_itl` is the time, in seconds, that a step
     should take at most while sequences wait for their next token, so that prompts are computed in smaller pieces beside
@@ -31,6 +35,7 @@ class EngineConfig:
     dtype: DtypeName = "auto"
     kernels: KernelPreference = "fast"
     block_size: int = 16
+    kv_dtype: KVDtypeName = "auto"
     kv_memory: int | None = None
     max_batch: int = 32
     max_step_tokens: int = 512
@@ -57,6 +62,8 @@ class EngineConfig:
             raise ValueError(f"device {self.device!r} is not known; choose one of {', '.join(DEVICES)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype {self.kv_dtype!r} is not known; choose one of {', '.join(KV_DTYPES)}")
         if self.kernels not in ("fast", "reference"):
             raise ValueError(f"kernels {self.kernels!r} is not known; choose fast or reference")
         if self.max_step_tokens < self.max_batch:

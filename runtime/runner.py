@@ -127,8 +127,8 @@ class Runner:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values of all layers."""
-        return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in self.kv)
+        """Bytes of the keys and values of all layers, with the scales beside them."""
+        return sum(tensor.nbytes for layer in self.kv for tensor in layer.tensors())
 
     def warm_up(self) -> None:
         """Compile what steps run on, before anybody waits for it."""
@@ -213,8 +213,7 @@ class Runner:
         device = self.decoder.device
         sources, targets = (upload(blocks, torch.int64, device) for blocks in (copy.sources, copy.targets))
         for layer in self.groups[copy.group].layers:
-            for blocks in (self.kv[layer].keys, self.kv[layer].values):
-                blocks.index_copy_(0, targets, blocks.index_select(0, sources))
+            self.kv[layer].copy_blocks(sources, targets)
 
     def _score_prompt(self, item: Scheduled, hidden: torch.Tensor | None, first_row: int) -> PromptScores:
         """Score the prompt tokens that come after those of this chunk."""

@@ -27,6 +27,8 @@ from pressd.runtime.warm_up import kv_memory, warm_up
 # Share of a computer's free memory which an unconfigured KV pool may take; of a GPU's it takes what is left.
 KV_SHARE = 0.25
 WARMUP_TOKENS = 16
+# Types of keys and values that are reported as they are asked for, all others by PyTorch's names.
+KV_NAMES = {torch.float8_e4m3fn: "fp8"}
 # Steps are timed with 1, 4, 16, ... tokens, the best of so many runs each, until one takes so many targets.
 COST_RUNS = 2
 ENOUGH = 2.0
@@ -58,7 +60,7 @@ def start_from(checkpoint: Checkpoint, config: EngineConfig, *, verify_seconds: 
     device, dtype = pick_device(config), pick_dtype(config, checkpoint)
     set_threads(config, device)
     began = time.monotonic()
-    decoder = load_decoder(checkpoint, device=device, dtype=dtype, prefer=config.kernels)
+    decoder = load_decoder(checkpoint, device=device, dtype=dtype, prefer=config.kernels, kv_dtype=config.kv_dtype)
     seconds["read"] = time.monotonic() - began
     began = time.monotonic()
     peak = warm_up(decoder, config.max_step_tokens)
@@ -101,7 +103,7 @@ def _describe(
         artifact_id=checkpoint.artifact_id,
         device=str(decoder.device),
         dtype=dtype,
-        kv_dtype=dtype,
+        kv_dtype=KV_NAMES.get(decoder.kv_dtype, str(decoder.kv_dtype).removeprefix("torch.")),
         vocab_size=decoder.config.vocab_size,
         max_context=max_context,
         max_batch=config.max_batch,

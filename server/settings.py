@@ -9,7 +9,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pressd.runtime.config import DEVICES, DTYPES, DeviceName, DtypeName, EngineConfig, KernelPreference
+from pressd.runtime.config import (
+    DEVICES,
+    DTYPES,
+    KV_DTYPES,
+    DeviceName,
+    DtypeName,
+    EngineConfig,
+    KernelPreference,
+    KVDtypeName,
+)
 from pressd.server.model_source import default_name
 
 PREFIX = "PRESSD_"
@@ -31,6 +40,7 @@ class Settings:
     device: DeviceName = "auto"
     dtype: DtypeName = "auto"
     kernels: KernelPreference = "fast"
+    kv_dtype: KVDtypeName = "auto"
     kv_memory: int | None = None
     threads: int | None = None
     max_batch: int = 32
@@ -79,6 +89,7 @@ class Settings:
             device=self.device,
             dtype=self.dtype,
             kernels=self.kernels,
+            kv_dtype=self.kv_dtype,
             kv_memory=self.kv_memory,
             max_batch=self.max_batch,
             max_step_tokens=self.max_step_tokens,
@@ -164,6 +175,10 @@ OPTIONS: dict[str, Option] = {
         parse=_choice(*DTYPES), help=f"what layers compute in: {', '.join(DTYPES)} (auto: the model's own)"
     ),
     "kernels": Option(parse=_choice("fast", "reference"), help="fast, or reference: slow and plain (fast)"),
+    "kv_dtype": Option(
+        parse=_choice(*KV_DTYPES),
+        help=f"what keys and values are stored in: {', '.join(KV_DTYPES)} (auto: what layers compute in)",
+    ),
     "kv_memory": Option(parse=_size, metavar="SIZE", help="memory of the KV cache, e.g. 512MiB (by batch and context)"),
     "threads": Option(
         parse=_integer(1), help="threads that compute on a CPU (one for each core that the machine and its cgroup give)"

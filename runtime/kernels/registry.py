@@ -107,19 +107,36 @@ class LinearKernel:
     run_codes: Callable[[QuantizedRows, Tensors, LinearProblem], torch.Tensor] | None = None
 
 
+class Attend(Protocol):
+    """Attention of query [T, heads, head_dim] over blocks that hold the new tokens already; returns the query's shape.
+
+    Blocks are [blocks, block_size, kv_heads, head_dim], of the type and with the scales that the problem's `kv` says:
+    none, of one element, or float32 [blocks, block_size, kv_heads].
+    """
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key_blocks: torch.Tensor,
+        value_blocks: torch.Tensor,
+        batch: AttentionBatch,
+        problem: AttentionProblem,
+        key_scales: torch.Tensor | None = None,
+        value_scales: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionKernel:
     """An implementation of attention over paged keys and values.
 
-    `run(query, key_blocks, value_blocks, batch, problem)`: query [T, heads, head_dim], blocks
-    [blocks, block_size, kv_heads, head_dim] that already hold the new tokens; returns [T, heads, head_dim]. One that
-    `reads_tables` looks at `batch.decoding` and `batch.prompts` alone, and never at what is on the host. One that
-    `is_generated` runs nothing but kernels that codegen.recording notes, where sequences decode.
+    One that `reads_tables` looks at `batch.decoding` and `batch.prompts` alone, and never at what is on the host. One
+    that `is_generated` runs nothing but kernels that codegen.recording notes, where sequences decode.
     """
 
     name: str
     why_not: Callable[[AttentionProblem, Device], str | None]
-    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionBatch, AttentionProblem], torch.Tensor]
+    run: Attend
     reads_tables: bool = False
     is_generated: bool = False
 

@@ -38,6 +38,10 @@ class WeightSource(Protocol):
         """Return the stored tensors of the weight at `prefix` by suffix."""
         ...
 
+    def kv_scales(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scales of a layer's keys and values, float32 [1] each, where they have some."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:

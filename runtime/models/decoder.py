@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import torch
 
-from pressd.runtime.kernels.attention.batch import AttentionBatch
+from pressd.runtime.kernels.attention.batch import AttentionBatch, AttentionProblem
 from pressd.runtime.kernels.host_memory import huge_empty
 from pressd.runtime.kernels.registry import PointwiseKernels
 from pressd.runtime.layers.attention import Attention, LayerKV
@@ -130,12 +130,28 @@ class Decoder:
         return self.lm_head(self.hidden_states(token_ids_BT))
 
     def new_kv(self, num_blocks: int, block_size: int) -> LayerKV:
-        """Allocate, without clearing, keys and values of one layer."""
+        """Allocate, without clearing, keys and values of one layer, and the scales that lie beside them."""
         shape = (num_blocks, block_size, self.config.num_kv_heads, self.config.head_dim)
+        keys, values = (self._allocate(shape, self._attention.kv_dtype) for _ in range(2))
+        if self._attention.kv.scales != "token":
+            return LayerKV(keys=keys, values=values)
+        key_scales, value_scales = (self._allocate(shape[:-1], torch.float32) for _ in range(2))
+        return LayerKV(keys=keys, values=values, key_scales=key_scales, value_scales=value_scales)
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         if self.device.type == "cpu":
-            return LayerKV(keys=huge_empty(shape, self.dtype), values=huge_empty(shape, self.dtype))
-        keys = torch.empty(shape, dtype=self.dtype, device=self.device)
-        return LayerKV(keys=keys, values=torch.empty_like(keys))
+            return huge_empty(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    @property
+    def _attention(self) -> AttentionProblem:
+        """What is the same in every layer: heads, and how keys and values are stored."""
+        return self.blocks[0].attention.problem
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """The type that keys and values are stored in."""
+        return self._attention.kv_dtype
 
     @property
     def reads_tables(self) -> bool:
@@ -150,9 +166,8 @@ class Decoder:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token occupies in all layers."""
-        per_layer = 2 * self.config.num_kv_heads * self.config.head_dim * self.dtype.itemsize
-        return per_layer * len(self.blocks)
+        """Bytes that the keys and values of one token occupy in all layers, their own scales included."""
+        return self._attention.kv_token_bytes * len(self.blocks)
 
     @property
     def weights_bytes(self) -> int:

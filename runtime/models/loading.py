@@ -9,8 +9,10 @@ import torch
 
 from pressd.runtime.artifact.families import EMBED, LM_HEAD, FusedGroup, ModelMap
 from pressd.runtime.artifact.fields import Config
+from pressd.runtime.artifact.kv_scales import KVScheme
 from pressd.runtime.artifact.reader import Checkpoint
-from pressd.runtime.kernels.attention.batch import AttentionProblem
+from pressd.runtime.config import KVDtypeName
+from pressd.runtime.kernels.attention.batch import AttentionProblem, KVFormat
 from pressd.runtime.kernels.catalogue import attention_kernels, pointwise_kernels
 from pressd.runtime.kernels.registry import (
     AttentionKernel,
@@ -36,6 +38,7 @@ FAMILIES: dict[str, Callable[[Config, ModelMap], DecoderConfig]] = {
     "Qwen2ForCausalLM": llama.read_config,
     "Qwen3ForCausalLM": qwen3.read_config,
 }
+KV_CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 GROUP_KINDS = ("qkv", "o", "gate_up", "down")
 
 
@@ -55,15 +58,22 @@ def decoder_config(checkpoint: Checkpoint) -> DecoderConfig:
 
 @torch.inference_mode()
 def load_decoder(
-    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, prefer: Preference = "fast"
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    prefer: Preference = "fast",
+    kv_dtype: KVDtypeName = "auto",
 ) -> Decoder:
     """Load every weight and choose a kernel for every layer.
 
-    Raises ArtifactError for numbers in config.json that this decoder cannot compute with.
+    Raises ArtifactError for numbers in config.json that this decoder cannot compute with, and ValueError for a
+    `kv_dtype` that no fast kernel of a GPU reads.
     """
     config = decoder_config(checkpoint)
     loader = LinearLoader(checkpoint=checkpoint, device=describe_device(device), dtype=dtype, prefer=prefer)
-    layers, choices = choose_kernels(config, loader.device, dtype, prefer)
+    kv = kv_format(checkpoint.kv_scheme, kv_dtype)
+    layers, choices = choose_kernels(config, loader.device, dtype, prefer, kv, kv_dtype)
     groups = {group.name: group for group in checkpoint.model.groups()}
     embedding = loader.load_embedding(groups[EMBED])
     blocks = tuple(load_block(loader, groups, index, config, kernels) for index, kernels in enumerate(layers))
@@ -84,9 +94,17 @@ def load_decoder(
 
 
 def choose_kernels(
-    config: DecoderConfig, device: Device, dtype: torch.dtype, prefer: Preference
+    config: DecoderConfig,
+    device: Device,
+    dtype: torch.dtype,
+    prefer: Preference,
+    kv: KVFormat,
+    kv_dtype: KVDtypeName = "auto",
 ) -> tuple[list[Kernels], tuple[KernelChoice, ...]]:
-    """Return what each layer runs on besides its linears' kernels, and the choices as they are reported."""
+    """Return what each layer runs on besides its linears' kernels, and the choices as they are reported.
+
+    `kv` is how keys and values are stored, `kv_dtype` what was asked for. Raises ValueError as `load_decoder` does.
+    """
     problems = [
         AttentionProblem(
             num_heads=config.num_heads,
@@ -94,10 +112,13 @@ def choose_kernels(
             head_dim=config.head_dim,
             dtype=dtype,
             window=window,
+            kv=kv,
         )
         for window in config.windows
     ]
     attention, attention_choices = choose_attention(problems, device, prefer)
+    if kv_dtype != "auto" and device.kind == "cuda" and prefer == "fast":
+        check_fast_attention(attention, kv_dtype, attention_choices)
     pointwise, pointwise_choice = choose_pointwise(dtype, device, prefer, len(problems))
     layers = [Kernels(problem, attention[problem], pointwise) for problem in problems]
     return layers, (*attention_choices, *pointwise_choice)
@@ -116,6 +137,28 @@ def choose_attention(
         for (name, refusals), count in sorted(layers.items())
     )
     return {problem: kernel for problem, (kernel, _) in selected.items()}, choices
+
+
+def kv_format(scheme: KVScheme | None, kv_dtype: KVDtypeName) -> KVFormat:
+    """Return how keys and values are stored, given the scales that the checkpoint has."""
+    if kv_dtype == "auto":
+        return KVFormat()
+    if kv_dtype == "bf16":
+        return KVFormat(dtype=torch.bfloat16)
+    is_calibrated = scheme is not None and scheme.kind == kv_dtype
+    return KVFormat(dtype=KV_CODES[kv_dtype], scales="layer" if is_calibrated else "token")
+
+
+def check_fast_attention(
+    attention: Mapping[AttentionProblem, AttentionKernel], kv_dtype: KVDtypeName, choices: Sequence[KernelChoice]
+) -> None:
+    """Refuse, on a GPU, a pool that nothing but the reference reads, which is there to compare with."""
+    if any(not kernel.reads_tables and problem.why_not_as_computed() for problem, kernel in attention.items()):
+        reasons = "; ".join(dict.fromkeys(reason for choice in choices for reason in choice.refusals))
+        raise ValueError(
+            f"--kv-dtype {kv_dtype}: no fast attention on a GPU takes it ({reasons}); leave it out, or give "
+            "--kernels reference"
+        )
 
 
 def choose_pointwise(
@@ -143,6 +186,7 @@ def load_block(
 ) -> Block:
     """Load one layer from the loader's source; `groups` by name hold at least that layer's."""
     qkv, o, gate_up, down = (loader.load(groups[f"layers.{index}.{kind}"]) for kind in GROUP_KINDS)
+    key_scale, value_scale = _load_kv_scales(loader, index, kernels.problem)
     return Block(
         input_norm=_load_norm(loader, config.input_norm.format(index), config, kernels.pointwise),
         attention=Attention(
@@ -153,10 +197,21 @@ def load_block(
             output=o,
             head_gain=_load_head_gain(loader, index, config),
             head_epsilon=config.norm_epsilon,
+            key_scale=key_scale,
+            value_scale=value_scale,
         ),
         post_attention_norm=_load_norm(loader, config.post_attention_norm.format(index), config, kernels.pointwise),
         mlp=GatedMLP(gate_up=gate_up, down=down, kernels=kernels.pointwise),
     )
+
+
+def _load_kv_scales(
+    loader: LinearLoader, index: int, problem: AttentionProblem
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    if problem.kv.scales != "layer":
+        return None, None
+    keys, values = loader.checkpoint.kv_scales(index)
+    return keys.to(loader.device.torch_device), values.to(loader.device.torch_device)
 
 
 def _load_norm(loader: LinearLoader, name: str, config: DecoderConfig, kernels: PointwiseKernels) -> RMSNorm:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 USAGE, INTERRUPTED = 2, 128 + signal.SIGINT
 # Settings of the engine that are told as `serve` is told them.
-SHARED = ("device", "dtype", "kernels", "kv_memory", "max_batch", "max_step_tokens")
+SHARED = ("device", "dtype", "kernels", "kv_dtype", "kv_memory", "max_batch", "max_step_tokens")
 ENGINE = (*SHARED, "threads", "target_itl")
 CONNECTION = ("tls", "tls_ca", "tls_cert", "tls_key", "token_file", "plaintext_token")
 WARMUP_TOKENS = 4

@@ -33,6 +33,7 @@ class RandomCheckpoint:
         self.config = config
         self.model = describe(config)
         self.torch_dtype = dtype
+        self.kv_scheme = None
         self.device = device
         pressed = parse_scheme(scheme)
         blocks = {member.prefix for group in self.model.groups() if "layers." in group.name for member in group.members}

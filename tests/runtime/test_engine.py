@@ -310,6 +310,7 @@ def test_an_idle_step_does_nothing(tiny_llama: Path) -> None:
         ({"device": "tpu"}, "device 'tpu'"),
         ({"dtype": "int3"}, "dtype 'int3'"),
         ({"kernels": "magic"}, "kernels 'magic'"),
+        ({"kv_dtype": "fp4"}, "kv_dtype 'fp4' is not known; choose one of auto, bf16, int8, fp8"),
         ({"max_batch": 64, "max_step_tokens": 63}, "max_step_tokens"),
     ],
 )

@@ -126,6 +126,19 @@ def test_what_was_computed_is_freed_and_counted(server: Any) -> None:
     assert server.metric("pressd_generated_tokens_total") >= before + 9
 
 
+def test_keys_and_values_in_eight_bits_are_told_and_counted(llama: Path, server_of: Callable[..., Any]) -> None:
+    options = ("--device", "cpu", "--kv-dtype", "int8", "--kv-memory", "4MiB")
+    for server in server_of(llama, *options, scripted=False):
+        with server.client() as client:
+            memory = client.model().memory
+            text = client.generate(PROMPTS[0], temperature=0, max_new_tokens=8).completions[0].text
+        assert text
+        # 2 layers x 2 (K and V) x 2 heads x (16 codes and a scale of 4 bytes) x 16 tokens are a block.
+        assert (memory.dtype, memory.kv_dtype, memory.kv_blocks) == ("float32", "int8", (4 << 20) // 2560)
+        assert memory.kv_bytes == memory.kv_blocks * 2560
+        assert server.metric("pressd_kv_cache_capacity_bytes", dtype="int8") == memory.kv_bytes
+
+
 def test_same_seed_same_text(server: Any) -> None:
     with server.client() as client:
         asked: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 20, "ignore_eos": True}

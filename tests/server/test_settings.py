@@ -17,6 +17,7 @@ FLAGS = {
     "--host",
     "--insecure",
     "--kernels",
+    "--kv-dtype",
     "--kv-memory",
     "--log-level",
     "--max-batch",
@@ -64,6 +65,7 @@ def test_every_flag_is_a_variable_and_a_key(tmp_path: Path) -> None:
         "device": "cpu",
         "dtype": "float32",
         "kernels": "reference",
+        "kv_dtype": "int8",
         "kv_memory": "3MiB",
         "threads": "3",
         "max_batch": "4",
@@ -93,6 +95,7 @@ def test_every_flag_is_a_variable_and_a_key(tmp_path: Path) -> None:
     by_environment = load(**{f"PRESSD_{name.upper()}": text for name, text in texts.items()})
     assert by_flag == by_file == by_environment
     assert by_flag != load("here", "--served-name", "name")
+    assert by_flag.engine_config().kv_dtype == "int8"
     assert (by_flag.kv_memory, by_flag.shutdown_timeout, by_flag.insecure) == (3 << 20, 8.5, True)
 
 
@@ -122,6 +125,7 @@ def test_what_is_pressed_is_kept_with_other_caches(tmp_path: Path) -> None:
         (("m", "--max-batch", "0"), {}, "--max-batch is '0'; give a whole number of at least 1"),
         (("m", "--kv-memory", "5MB"), {}, "--kv-memory is '5MB'; give bytes"),
         (("m", "--kv-memory", "MiB"), {}, "--kv-memory is 'MiB'"),
+        (("m", "--kv-dtype", "fp4"), {}, "--kv-dtype is 'fp4'; choose one of auto, bf16, int8, fp8"),
         (("m", "--device", "tpu"), {}, "--device is 'tpu'; choose one of auto, cpu, cuda"),
         (("m", "--shutdown-timeout", "nan"), {}, "--shutdown-timeout is 'nan'; give seconds"),
         (("m", "--host", "0.0.0.0"), {}, "host 0.0.0.0 can be reached from other machines"),

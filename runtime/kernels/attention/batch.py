@@ -2,11 +2,24 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 # Sequences with at most so many new tokens are attended to as decoding is: one more token than a draft has.
 MAX_DECODE = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVFormat:
+    """How keys and values are stored: in `dtype` (None: as they are computed), and what their codes are multiplied by.
+
+    `scales`: "token" is one for each token and head, float32, which lies beside the codes; "layer" is one for all keys
+    of a layer and one for its values; "none" goes with floating-point numbers, which mean themselves.
+    """
+
+    dtype: torch.dtype | None = None
+    scales: Literal["none", "token", "layer"] = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,10 +35,29 @@ class AttentionProblem:
     head_dim: int
     dtype: torch.dtype
     window: int | None = None
+    kv: KVFormat = KVFormat()
 
     @property
     def scale(self) -> float:
         return float(self.head_dim**-0.5)
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """The type that keys and values are stored in."""
+        return self.dtype if self.kv.dtype is None else self.kv.dtype
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of the keys and values of one token in one layer, with the scales that lie beside them."""
+        scale_bytes = torch.float32.itemsize if self.kv.scales == "token" else 0
+        return 2 * self.num_kv_heads * (self.head_dim * self.kv_dtype.itemsize + scale_bytes)
+
+    def why_not_as_computed(self) -> str | None:
+        """Return None if keys and values are stored as they are computed, else what such a kernel says of it."""
+        if self.kv_dtype == self.dtype:
+            return None
+        computed, stored = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.kv_dtype))
+        return f"reads keys and values in {computed}, as it computes, not in {stored}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 One call per sequence, but for sequences that decode: those of equal length whose runs lie at equal distances are one
 view. A call costs some 30 us before it computes anything, which is most of it while contexts are short.
+
+Keys and values that are not stored in the compute type are decoded to it, those of one sequence at a time.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,8 +16,8 @@ from pressd.runtime.kernels.attention.batch import (
     AttentionProblem,
     QueryRun,
     causal_mask,
-    sequence_view,
 )
+from pressd.runtime.kernels.attention.kv_codes import sequence_numbers
 from pressd.runtime.kernels.registry import AttentionKernel, Device
 
 
@@ -25,9 +27,11 @@ def run(
     value_blocks: torch.Tensor,
     batch: AttentionBatch,
     problem: AttentionProblem,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     output = torch.empty_like(query)
-    attend_runs(query, key_blocks, value_blocks, batch.runs, problem, output)
+    attend_runs(query, key_blocks, value_blocks, batch.runs, problem, output, key_scales, value_scales)
     return output
 
 
@@ -38,9 +42,12 @@ def attend_runs(
     runs: Iterable[QueryRun],
     problem: AttentionProblem,
     output: torch.Tensor,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> None:
     """Write the rows of output, shaped as query, that belong to `runs`."""
-    for parts in stacks(runs):
+    as_computed = key_blocks.dtype == problem.dtype
+    for parts in stacks(runs) if as_computed else [[part] for part in runs]:
         first = parts[0].first_visible(problem.window)
         if len(parts) > 1:
             keys, values = (_stacked(blocks, parts, first) for blocks in (key_blocks, value_blocks))
@@ -49,8 +56,8 @@ def attend_runs(
             continue
         part = parts[0]
         rows_of_part = slice(part.start, part.start + part.length)
-        keys = sequence_view(key_blocks, part, first).unsqueeze(0)
-        values = sequence_view(value_blocks, part, first).unsqueeze(0)
+        keys = sequence_numbers(key_blocks, key_scales, part, first, problem.dtype).unsqueeze(0)
+        values = sequence_numbers(value_blocks, value_scales, part, first, problem.dtype).unsqueeze(0)
         if part.length == 1:
             output[rows_of_part] = _decode(query[rows_of_part], keys, values, problem)
             continue

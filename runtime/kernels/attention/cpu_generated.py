@@ -29,7 +29,10 @@ def run(
     value_blocks: torch.Tensor,
     batch: AttentionBatch,
     problem: AttentionProblem,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    assert key_scales is None is value_scales, "codes are refused"
     output = allocate(tuple(query.shape), query.dtype)
     key = split_key(problem, key_blocks.size(1))
     split = batch.memo.get(key)
@@ -114,7 +117,7 @@ def _prompt_shape(problem: AttentionProblem) -> cpu_prompt.Shape:
 
 
 def why_not(problem: AttentionProblem, device: Device) -> str | None:
-    return why_no_vnni(device) or why_not_shape(_shape(problem))
+    return why_no_vnni(device) or problem.why_not_as_computed() or why_not_shape(_shape(problem))
 
 
 KERNEL = AttentionKernel(name="cpu-generated", why_not=why_not, run=run, is_generated=True)

@@ -7,8 +7,8 @@ from pressd.runtime.kernels.attention.batch import (
     AttentionProblem,
     causal_mask,
     paged_runs,
-    sequence_view,
 )
+from pressd.runtime.kernels.attention.kv_codes import sequence_numbers
 from pressd.runtime.kernels.registry import REFERENCE, AttentionKernel, Device
 
 
@@ -18,6 +18,8 @@ def run(
     value_blocks: torch.Tensor,
     batch: AttentionBatch,
     problem: AttentionProblem,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     wide = torch.promote_types(problem.dtype, torch.float32)
     group = problem.num_heads // problem.num_kv_heads
@@ -25,8 +27,8 @@ def run(
     for part in batch.runs or paged_runs(batch, key_blocks.size(1)):
         rows = slice(part.start, part.start + part.length)
         first = part.first_visible(problem.window)
-        keys = sequence_view(key_blocks, part, first).to(wide).repeat_interleave(group, dim=1)
-        values = sequence_view(value_blocks, part, first).to(wide).repeat_interleave(group, dim=1)
+        keys = sequence_numbers(key_blocks, key_scales, part, first, wide).repeat_interleave(group, dim=1)
+        values = sequence_numbers(value_blocks, value_scales, part, first, wide).repeat_interleave(group, dim=1)
         scores = torch.einsum("qhd,khd->hqk", query[rows].to(wide), keys) * problem.scale
         scores = scores.masked_fill(~causal_mask(part, problem.window, query.device, first), float("-inf"))
         output[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), values).to(query.dtype)

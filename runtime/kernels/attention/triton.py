@@ -29,7 +29,7 @@ DECODE_TILE, PREFILL_TILE = 64, 128
 
 
 def why_not(problem: AttentionProblem, device: Device) -> str | None:
-    if reason := why_no_triton(problem.dtype, device):
+    if reason := why_no_triton(problem.dtype, device) or problem.why_not_as_computed():
         return reason
     if problem.head_dim > MAX_HEAD_DIM or problem.head_dim % 2:
         return f"serves heads of an even number of up to {MAX_HEAD_DIM} dimensions, not {problem.head_dim}"
@@ -44,7 +44,10 @@ def run(
     value_blocks: torch.Tensor,
     batch: AttentionBatch,
     problem: AttentionProblem,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    assert key_scales is None is value_scales, "codes are refused: prompts are not attended to over them"
     paged = (batch.decoding, batch.prompts)
     assert not batch.runs or any(paged), "sequences are known to the host alone; see batch.page"
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)

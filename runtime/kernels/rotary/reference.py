@@ -2,6 +2,7 @@
 
 import torch
 
+from pressd.runtime.kernels.attention.kv_codes import encode, indexable
 from pressd.runtime.kernels.norm.reference import norm
 
 
@@ -22,8 +23,8 @@ def rotate_and_write(
 ) -> torch.Tensor:
     """As `RotateAndWrite` in kernels/registry.py says.
 
-    Pools of 8 bits come with scales, as attention reads them: of one element for all of e4m3, or float32 [blocks,
-    block_size, kv_heads] for int8, which are written beside: max|x| / 127 of each token and head.
+    Pools of 8 bits come with scales, as attention reads them: of one element for all, or float32 [blocks, block_size,
+    kv_heads], which are written beside.
     """
     head_dim = keys.size(-1)
     if positions is not None:
@@ -49,13 +50,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def write(blocks: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor | None = None) -> None:
     """Store rows [T, kv_heads, head_dim] in blocks [blocks, block_size, kv_heads, head_dim] at slots int64 [T]."""
-    if scales is not None and blocks.dtype == torch.int8:
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        own = (wide.abs().amax(dim=-1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        scales.flatten(0, 1).index_copy_(0, slots, own.to(scales.dtype))
-        rows = (wide / own.unsqueeze(-1)).round().clamp(-127, 127)
-    elif scales is not None:
-        rows = (rows.to(torch.promote_types(rows.dtype, torch.float32)) / scales).clamp(-448, 448)
-        # Bytes are stored: not every device indexes this type.
-        blocks, rows = blocks.view(torch.uint8), rows.to(blocks.dtype).view(torch.uint8)
-    blocks.flatten(0, 1).index_copy_(0, slots, rows.to(blocks.dtype))
+    if scales is None:
+        stored = rows.to(blocks.dtype)
+    else:
+        stored, own = encode(rows, blocks.dtype, scales if scales.shape == (1,) else None)
+        if own is not None:
+            scales.flatten(0, 1).index_copy_(0, slots, own)
+    indexable(blocks).flatten(0, 1).index_copy_(0, slots, indexable(stored))

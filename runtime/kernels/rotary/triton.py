@@ -101,13 +101,15 @@ def store_rows(
         high = tl.where(high > 448.0, 448.0, tl.where(high < -448.0, -448.0, high))
     if SCALES == 2:
         largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
-        scale = tl.maximum(tl.div_rn(largest, 127.0), 1.1754943508222875e-38)
+        scale = tl.maximum(tl.div_rn(largest, 127.5), 1.1754943508222875e-38)
         is_spoilt = tl.max(((low != low) | (high != high)).to(tl.int32), 1) > 0
         scale = tl.where(is_spoilt, float("nan"), scale)
         tl.store(scales + where_to, scale, mask=is_row)
         # As in row_codes: the sum rounds half to even.
         low = (tl.div_rn(low, tl.zeros_like(low) + scale[:, None]) + 12582912.0) - 12582912.0
+        low = tl.minimum(tl.maximum(low, -127.0), 127.0)
         high = (tl.div_rn(high, tl.zeros_like(high) + scale[:, None]) + 12582912.0) - 12582912.0
+        high = tl.minimum(tl.maximum(high, -127.0), 127.0)
     target = pool + where_to[:, None] * HEAD_DIM + lane[None, :]
     tl.store(target, low.to(pool.dtype.element_ty), mask=mask)
     tl.store(target + HEAD_DIM // 2, high.to(pool.dtype.element_ty), mask=mask)
