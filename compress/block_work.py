@@ -40,7 +40,7 @@ class BlockWork:
     @classmethod
     def finished(cls, plan: BlockPlan, tensors: Tensors) -> "BlockWork":
         """Return the work of a block whose every tensor is stored already."""
-        others = {name: tensors[name] for name in plan.block.others}
+        others = {name: tensors[name] for name in (*plan.block.others, *plan.kv_scales)}
         work = cls(plan, {}, others)
         for group in plan.groups:
             for prefix, spec in group.specs.items():

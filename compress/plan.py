@@ -5,23 +5,27 @@ from dataclasses import dataclass
 import torch
 
 from pressd.compress.group_plan import GroupPlan
+from pressd.compress.pass_options import Static
 from pressd.compress.planned_passes import check_passes, passes_of
 from pressd.compress.recipe import KEEP, Recipe, Rule
 from pressd.runtime.artifact.families import EMBED, LM_HEAD, Block, FusedGroup, ModelMap, describe
-from pressd.runtime.artifact.kv_scales import KVScheme
+from pressd.runtime.artifact.kv_scales import KVScheme, scale_names
 from pressd.runtime.artifact.quantization import check_group
 from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.artifact.schemes import CASTS, parse_scheme
 from pressd.runtime.artifact.specs import LinearSpec, Packed
 from pressd.runtime.models import decoder_config
 
+_LAYER = "layers."
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockPlan:
-    """One block's groups, and the tensors that are only copied."""
+    """One block's groups, the tensors that are only copied, and the scales of keys and values that will be measured."""
 
     block: Block
     groups: tuple[GroupPlan, ...]
+    kv_scales: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +76,35 @@ def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
         _check_tied_head(recipe, dtype)
     # Where the rest is cast, a group that no rule names is cast with it: that is not "keep".
     default = KEEP if dtype == source.torch_dtype else next(name for name, cast in CASTS.items() if cast == dtype)
+    kv_scheme = _kv_scheme(recipe)
     blocks = tuple(
-        BlockPlan(block=block, groups=tuple(_plan_group(group, decisions, default, dtype) for group in block.groups))
+        BlockPlan(
+            block=block,
+            groups=tuple(_plan_group(group, decisions, default, dtype) for group in block.groups),
+            kv_scales=() if kv_scheme is None or not block.name.startswith(_LAYER) else _kv_scales(block),
+        )
         for block in model.blocks
     )
-    plan = Plan(model=model, dtype=dtype, blocks=blocks, recipe=recipe, unties=source.model.tied and not model.tied)
+    plan = Plan(
+        model=model,
+        dtype=dtype,
+        blocks=blocks,
+        recipe=recipe,
+        unties=source.model.tied and not model.tied,
+        kv_scheme=kv_scheme,
+    )
     check_passes(recipe, plan.groups())
     return plan
+
+
+def _kv_scheme(recipe: Recipe) -> KVScheme | None:
+    """For which type of keys and values scales are wanted."""
+    static = recipe.pass_of(Static)
+    return None if static is None or static.kv is None else KVScheme(kind=static.kv)
+
+
+def _kv_scales(block: Block) -> tuple[str, ...]:
+    return scale_names(int(block.name.removeprefix(_LAYER)))
 
 
 def _untied(source: Checkpoint, recipe: Recipe) -> ModelMap:

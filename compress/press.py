@@ -191,3 +191,5 @@ def planned_tensors(plan: Plan) -> Iterator[list[PlannedTensor]]:
                 ]
         for name, shape in block.block.others.items():
             yield [PlannedTensor(name=name, dtype=plan.dtype, shape=shape)]
+        for name in block.kv_scales:
+            yield [PlannedTensor(name=name, dtype=plan.dtype, shape=(1,))]

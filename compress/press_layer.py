@@ -9,6 +9,7 @@ from pressd.compress.block_work import WORK, BlockWork
 from pressd.compress.cost import Clock
 from pressd.compress.equalise_layer import equalise
 from pressd.compress.group_plan import GroupPlan
+from pressd.compress.histogram import Histogram
 from pressd.compress.observers import OBSERVERS
 from pressd.compress.pass_options import Awq, Gptq, Smooth, Static
 from pressd.compress.plan import Plan
@@ -45,6 +46,9 @@ def press_layer(
             theirs = None if source is None else _divided(source.inputs(kind), work.divisor(group))
             statistics = collect(layer.inputs(kind), layer.num_lanes, group, plan, clock, theirs)
             done.append(press_group(work, group, statistics, plan, clock))
+        if kind == "qkv" and work.plan.kv_scales:
+            with clock.step("static"):
+                _measure_kv(layer, work, plan)
         with clock.step("forward"):
             layer.advance(kind)
             if source is not None:
@@ -129,12 +133,33 @@ def _clips(plan: Plan) -> bool:
     return any(options.clip for options in (plan.recipe.pass_of(Gptq), plan.recipe.pass_of(Awq)) if options)
 
 
+def _measure_kv(layer: LayerPass, work: BlockWork, plan: Plan) -> None:
+    """Measure the scales of keys and values, which the pressed group makes."""
+    options = plan.recipe.pass_of(Static)
+    assert options is not None
+    assert options.kv is not None
+    layer.settle("qkv")
+    histograms: list[Histogram] = []
+    for pair in layer.keys_and_values():
+        counted = [Histogram.of(one) for one in pair]
+        histograms = counted if not histograms else [a.merged(b) for a, b in zip(histograms, counted, strict=True)]
+    for name, histogram in zip(work.plan.kv_scales, histograms, strict=True):
+        if not bool(torch.isfinite(histogram.top)):
+            raise ValueError(f"{name}: keys or values are not finite on the calibration text; the source overflows")
+        work.others[name] = _scale(histogram, options, options.kv, plan.dtype)
+
+
+def _scale(histogram: Histogram, options: Static, kind: str, dtype: torch.dtype) -> Tensor:
+    """The static scale [1] that ends where the observer says."""
+    threshold = OBSERVERS[options.observer](histogram, options.percentile)
+    scale = torch.tensor([threshold / _ENDS[kind]], dtype=WORK).to(dtype)
+    return scale.clamp_min(torch.finfo(dtype).tiny)
+
+
 def _input_scale(spec: Packed, statistics: Statistics, plan: Plan) -> Tensor | None:
     if not spec.static_activations:
         return None
     options = plan.recipe.pass_of(Static)
     assert options is not None, "the plan asks for the pass that static activations need"
     assert statistics.histogram is not None
-    threshold = OBSERVERS[options.observer](statistics.histogram, options.percentile)
-    scale = torch.tensor([threshold / _ENDS[spec.storage]], dtype=WORK).to(plan.dtype)
-    return scale.clamp_min(torch.finfo(plan.dtype).tiny)
+    return _scale(statistics.histogram, options, spec.storage, plan.dtype)

@@ -132,6 +132,10 @@ class LayerPass:
         for stream in self._streams:
             yield self._lanes.index(stream.lane), self._inputs(kind, stream)
 
+    def settle(self, kind: str) -> None:
+        """Take a group in its final form, as the work has it."""
+        self._reload_group(kind)
+
     def advance(self, kind: str) -> None:
         """Go on with a group in its final form, as the work has it."""
         self._reload_group(kind)
