@@ -7,7 +7,7 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pressd.runtime.energy import EnergyMeter
@@ -24,7 +24,7 @@ class Cost:
     peak_rss_bytes: int
     blocks: dict[str, float]
     schemes: dict[str, float]
-    passes: dict[str, float]
+    passes: dict[str, float] = field(default_factory=dict)
     joules: float | None = None
 
 

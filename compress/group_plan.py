@@ -27,6 +27,11 @@ class GroupPlan:
         plain = all(isinstance(spec, Packed) and not spec.is_dense for spec in self.specs.values())
         return plain and self.group.name != EMBED
 
+    @property
+    def has_static_activations(self) -> bool:
+        """Whether a scale of its inputs is stored, which only text can tell."""
+        return any(leaf.static_activations for spec in self.specs.values() for _, leaf in spec.leaves())
+
     def stored_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of everything stored for this group."""
         return sum(spec.stored_bytes(dtype) for spec in self.specs.values())

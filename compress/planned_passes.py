@@ -6,7 +6,6 @@ from pressd.compress.group_plan import GroupPlan
 from pressd.compress.pass_options import Awq, Gptq, Round, Rtn, Smooth, Static
 from pressd.compress.recipe import Recipe
 from pressd.runtime.artifact.families import LM_HEAD
-from pressd.runtime.artifact.specs import Packed
 
 # What smooth can move size into: groups behind a norm.
 _BEHIND_NORMS = ("qkv", "gate_up")
@@ -16,8 +15,9 @@ def passes_of(group: GroupPlan, recipe: Recipe) -> tuple[str, ...]:
     """Return the names of the passes that a group goes through, in their order."""
     if not group.is_pressed:
         return ()
+    static = ("static",) if group.has_static_activations else ()
     if not group.is_rounded_with_text:
-        return ("rtn",)
+        return ("rtn", *static)
     in_layer = group.group.name != LM_HEAD
     names = []
     if recipe.pass_of(Smooth) and group.group.kind in _BEHIND_NORMS:
@@ -27,9 +27,7 @@ def passes_of(group: GroupPlan, recipe: Recipe) -> tuple[str, ...]:
     names.append("gptq" if recipe.pass_of(Gptq) else "rtn")
     if recipe.pass_of(Round) and in_layer:
         names.append("round")
-    if _is_static(group):
-        names.append("static")
-    return tuple(names)
+    return (*names, *static)
 
 
 def check_passes(recipe: Recipe, groups: Sequence[GroupPlan]) -> None:
@@ -42,7 +40,7 @@ def check_passes(recipe: Recipe, groups: Sequence[GroupPlan]) -> None:
         if options.use not in used and not isinstance(options, Rtn):
             raise ValueError(f"recipe: pass {options.use!r} has nothing to do: {_why_idle(options.use)}")
     for group in groups:
-        if static is None and _is_static(group):
+        if static is None and group.has_static_activations:
             raise ValueError(
                 f"recipe: {group.group.name}: {group.scheme} has static activations, which the pass 'static' measures; "
                 f"add it, or choose {group.scheme.removesuffix('-static')}"
@@ -53,7 +51,3 @@ def _why_idle(name: str) -> str:
     if name == "static":
         return "no group has a scheme with static activations, and kv is not set"
     return "no group is stored as plain integers or 8-bit floats"
-
-
-def _is_static(group: GroupPlan) -> bool:
-    return any(isinstance(spec, Packed) and spec.static_activations for spec in group.specs.values())

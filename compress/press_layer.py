@@ -82,17 +82,22 @@ def press_group(
     work: BlockWork, group: GroupPlan, statistics: Statistics | None, plan: Plan, clock: Clock
 ) -> PlannedGroup:
     """Decide how every member of a group is stored and hand that to `work`."""
-    packed = [spec for spec in group.specs.values() if isinstance(spec, Packed) and not spec.is_dense]
-    if statistics is None or len(packed) < len(group.specs):
-        return _press_without_text(work, group, plan)
+    input_scale = None
+    if statistics is not None and group.has_static_activations:
+        input_scale = _input_scale(group, statistics, plan)
+    if statistics is None or not group.is_rounded_with_text:
+        return _press_alone(work, group, input_scale, plan)
+    packed = [spec for spec in group.specs.values() if isinstance(spec, Packed)]
     weight = work.weight(group)
     gptq = plan.recipe.pass_of(Gptq)
-    device = statistics.gram.device if statistics.gram is not None else weight.device
+    assert statistics.gram is not None
     with clock.step("gptq" if gptq else "rtn"):
-        found = quantise(weight.to(device), packed, statistics, gptq, clip=_clips(plan), dtype=plan.dtype)
-        input_scale = _input_scale(packed[0], statistics, plan)
+        found = quantise(
+            weight.to(statistics.gram.device), packed, statistics, gptq, clip=_clips(plan), dtype=plan.dtype
+        )
         stored = encode_members(found, packed, input_scale)
-    norms = squared_norms(weight, lambda rows, wide: found.values[rows].cpu().to(wide))
+    values = found.values.cpu()
+    norms = squared_norms(weight, lambda rows, wide: values[rows].to(wide))
     for prefix, tensors in zip(group.specs, stored, strict=True):
         work.store(prefix, tensors)
     return planned_group(
@@ -105,11 +110,12 @@ def press_group(
     )
 
 
-def _press_without_text(work: BlockWork, group: GroupPlan, plan: Plan) -> PlannedGroup:
+def _press_alone(work: BlockWork, group: GroupPlan, input_scale: Tensor | None, plan: Plan) -> PlannedGroup:
+    """Press every member by its weight alone."""
     lost = total = 0.0
     for prefix, spec in group.specs.items():
         weight = work.member(prefix)
-        tensors, norms = press_linear(weight, weight.to(plan.dtype), spec)
+        tensors, norms = press_linear(weight, weight.to(plan.dtype), spec, input_scale=input_scale)
         work.store(prefix, tensors)
         lost, total = lost + norms[0], total + norms[1]
     return planned_group(
@@ -122,10 +128,7 @@ def _press_without_text(work: BlockWork, group: GroupPlan, plan: Plan) -> Planne
 
 
 def _wanted(group: GroupPlan, plan: Plan) -> Wanted:
-    spec = next(iter(group.specs.values()))
-    if not isinstance(spec, Packed) or spec.is_dense:
-        return Wanted()
-    return Wanted(gram=True, histogram=spec.static_activations)
+    return Wanted(gram=group.is_rounded_with_text, histogram=group.has_static_activations)
 
 
 def _clips(plan: Plan) -> bool:
@@ -156,10 +159,12 @@ def _scale(histogram: Histogram, options: Static, kind: str, dtype: torch.dtype)
     return scale.clamp_min(torch.finfo(dtype).tiny)
 
 
-def _input_scale(spec: Packed, statistics: Statistics, plan: Plan) -> Tensor | None:
-    if not spec.static_activations:
-        return None
+def _input_scale(group: GroupPlan, statistics: Statistics, plan: Plan) -> Tensor:
+    """The scale of a group's inputs, whose codes are of the type that its weights have."""
     options = plan.recipe.pass_of(Static)
     assert options is not None, "the plan asks for the pass that static activations need"
     assert statistics.histogram is not None
-    return _scale(statistics.histogram, options, spec.storage, plan.dtype)
+    storage = next(
+        leaf.storage for spec in group.specs.values() for _, leaf in spec.leaves() if leaf.static_activations
+    )
+    return _scale(statistics.histogram, options, storage, plan.dtype)

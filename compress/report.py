@@ -113,6 +113,7 @@ def make_report(manifest: Manifest, cost: Cost, machine: Machine, command: str |
             peak_rss_bytes=cost.peak_rss_bytes,
             blocks=tuple(BlockCost(name=name, seconds=round(value, _DIGITS)) for name, value in cost.blocks.items()),
             schemes={name: round(value, _DIGITS) for name, value in cost.schemes.items()},
+            passes={name: round(value, _DIGITS) for name, value in cost.passes.items()},
             joules=None if cost.joules is None else round(cost.joules, _DIGITS),
         ),
         machine=machine,

@@ -31,12 +31,7 @@ def remarks(group: PlannedGroup) -> Iterator[str]:
     """Yield what a reader must know about a group: that it fell back, and its notes, where the manifest has such."""
     if group.fallback is not None:
         yield f"fallback: {group.fallback}"
-    yield from _texts(group, "notes")
-
-
-def _texts(group: PlannedGroup, field: str) -> tuple[str, ...]:
-    """A list of words that manifests of some versions have; nothing in those that have none."""
-    return tuple(str(text) for text in group.model_dump(include={field}).get(field) or ())
+    yield from group.notes
 
 
 def quality_section(manifest: Manifest) -> Html:
@@ -148,7 +143,7 @@ def _error_table(errors: LayerErrors) -> Html:
 
 def groups_section(manifest: Manifest) -> Html:
     """Every fused group as it is stored."""
-    passes = {group.name: ", ".join(_texts(group, "passes")) for group in manifest.plan}
+    passes = {group.name: ", ".join(group.passes) for group in manifest.plan}
     notes = {group.name: "; ".join(remarks(group)) for group in manifest.plan}
     head = ["group", "scheme", "shape", "bits/weight", "bytes", "error, %"]
     head += ["passes"] if any(passes.values()) else []
