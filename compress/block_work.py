@@ -76,7 +76,7 @@ class BlockWork:
     def store(self, prefix: str, tensors: Tensors) -> None:
         """Take the stored tensors of a weight as final; the weight itself is let go."""
         self._stored[prefix] = tensors
-        del self._weights[prefix]
+        self._weights.pop(prefix, None)
 
     def stored(self, prefix: str) -> Tensors:
         """Return the stored tensors of a weight that is final."""

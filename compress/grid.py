@@ -43,6 +43,15 @@ class Grid:
             zero_point=torch.cat(zeros) if zeros else None,
         )
 
+    def with_scale(self, scale: Tensor) -> "Grid":
+        """Return the same grid with other scales [R, G]."""
+        return dataclasses.replace(self, scale=scale)
+
+    def to(self, device: torch.device) -> "Grid":
+        """Return it on another device."""
+        zero = None if self.zero_point is None else self.zero_point.to(device)
+        return dataclasses.replace(self, scale=self.scale.to(device), zero_point=zero)
+
     @property
     def group_size(self) -> int:
         """Columns that share a scale."""

@@ -39,7 +39,7 @@ class Gptq(_Options):
 
     scope: ClassVar[Scope] = "quantise"
     use: Literal["gptq"]
-    damp: Annotated[float, Field(gt=0, le=1)] = 0.01
+    damp: Annotated[float, Field(gt=0, le=1)] = 0.05
     act_order: bool = True
     clip: bool = True
     sweeps: Annotated[int, Field(ge=0, le=100)] = 4

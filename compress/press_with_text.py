@@ -8,10 +8,11 @@ from pressd.compress.block_work import BlockWork
 from pressd.compress.calibration import CalibrationRows
 from pressd.compress.cost import Clock
 from pressd.compress.encoding import decode
-from pressd.compress.pass_options import Gptq
+from pressd.compress.pass_options import Gptq, Round
 from pressd.compress.plan import BlockPlan, Plan
 from pressd.compress.press_block import Pressed, dense_tensor, named
-from pressd.compress.press_layer import collect, press_group, press_layer
+from pressd.compress.press_group import collect, describe, press_group
+from pressd.compress.press_layer import press_layer
 from pressd.compress.streams import Lane, LayerPass, Stream, final_inputs, open_streams
 from pressd.runtime.artifact.families import EMBED, EMBED_PREFIX
 from pressd.runtime.artifact.manifest import PlannedGroup
@@ -40,7 +41,7 @@ class TextPresser:
         ]
         self._streams: list[Stream] = []
         gptq = plan.recipe.pass_of(Gptq)
-        self._compares = gptq is not None and gptq.correct
+        self._compares = (gptq is not None and gptq.correct) or plan.recipe.pass_of(Round) is not None
         self._source_streams: list[Stream] = []
 
     @torch.no_grad()
@@ -48,15 +49,18 @@ class TextPresser:
         """Yield all of a block's tensors, and put an entry for each of its groups into `done`."""
         work = self._load(block)
         if block.block.name == EMBED:
-            done.append(press_group(work, block.groups[0], None, self._plan, self._clock))
+            pressed = press_group(work, block.groups[0], None, self._plan, self._clock)
+            done.append(describe(pressed, work, self._plan))
             self._open(work)
         elif block.groups and block.block.name != _HEAD:
             layer = LayerPass(self._config, _index(block), work, self._streams)
-            done += press_layer(layer, self._source_layer(block), work, self._plan, self._clock)
+            seed = self._rows.seed + _index(block)
+            done += press_layer(layer, self._source_layer(block), work, self._plan, self._clock, seed)
         for group in block.groups if block.block.name == _HEAD else ():
             inputs = final_inputs(self._config, work.others[self._config.final_norm], self._streams)
-            statistics = collect(inputs, len(self._lanes), group, self._plan, self._clock)
-            done.append(press_group(work, group, statistics, self._plan, self._clock))
+            statistics = collect(inputs, len(self._lanes), group, self._clock)
+            pressed = press_group(work, group, statistics, self._plan, self._clock)
+            done.append(describe(pressed, work, self._plan))
         for group in block.groups:
             for prefix, spec in group.specs.items():
                 yield Pressed(tensors=named(prefix, work.stored(prefix)), is_pressed=not spec.is_dense)

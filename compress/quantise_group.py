@@ -56,7 +56,7 @@ def quantise(
     gram = statistics.gram
     assert gram is not None
     if options is not None and statistics.cross is not None:
-        weight = match_source(weight, gram, statistics.cross, damp=options.damp)
+        weight = match_source(weight, gram, statistics.cross, statistics.lag, damp=options.damp)
     importance = None if options is not None else gram.diagonal()
     levels = _grid(weight, specs, dtype, clip=clip, importance=importance)
     columns = levels.by_column()

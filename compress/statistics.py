@@ -38,23 +38,36 @@ class Wanted:
 class Statistics:
     """Of inputs x [T, C]: `gram` is the mean of x^T x [C, C], `largest` and `mean` are of |x| by column [C].
 
-    `cross` [C, C] is the mean of y^T x, where y are the inputs that the source has in the same place. Each is None
+    `cross` [C, C] is the mean of y^T x, where y are the inputs that the source has in the same place, and `lag` [R, C]
+    of d^T x, where d is what the residual stream that the outputs are added to lacks of the source's. Each is None
     unless it was wanted. `histogram` is of |x| over all columns.
     """
 
     tokens: int
     gram: Tensor | None = None
     cross: Tensor | None = None
+    lag: Tensor | None = None
     largest: Tensor | None = None
     mean: Tensor | None = None
     histogram: Histogram | None = None
 
     def is_finite(self) -> bool:
         """Whether every input was a number, as far as what was collected tells."""
-        seen = [tensor for tensor in (self.gram, self.cross, self.largest, self.mean) if tensor is not None]
+        seen = [tensor for tensor in (self.gram, self.cross, self.lag, self.largest, self.mean) if tensor is not None]
         if self.histogram is not None:
             seen.append(self.histogram.top)
         return all(bool(torch.isfinite(tensor).all()) for tensor in seen)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceInputs:
+    """What the source has where a group has its inputs: its own [T, C], and what a group's outputs are to be added to.
+
+    `lag_TR` is the source's residual stream less ours [T, R], for groups that write to it.
+    """
+
+    inputs_TC: Tensor
+    lag_TR: Tensor | None = None
 
 
 class Collector:
@@ -65,20 +78,24 @@ class Collector:
         self._tokens = 0
         self._gram: Tensor | None = None
         self._cross: Tensor | None = None
+        self._lag: Tensor | None = None
         self._sum: Tensor | None = None
         self._largest: Tensor | None = None
         self._histogram: Histogram | None = None
 
-    def add(self, x_TC: Tensor, source_TC: Tensor | None = None) -> None:
-        """Take inputs [T, C] in, and those of the source in the same place if they are to be compared."""
+    def add(self, x_TC: Tensor, source: "SourceInputs | None" = None) -> None:
+        """Take inputs [T, C] in, and what the source has in the same place if they are to be compared."""
         x_TC = x_TC.float()
         self._tokens += x_TC.size(0)
         if self._wanted.gram:
             product = x_TC.T @ x_TC
             self._gram = product if self._gram is None else self._gram.add_(product)
-        if source_TC is not None:
-            product = source_TC.float().T @ x_TC
+        if source is not None:
+            product = source.inputs_TC.float().T @ x_TC
             self._cross = product if self._cross is None else self._cross.add_(product)
+            if source.lag_TR is not None:
+                product = source.lag_TR.float().T @ x_TC
+                self._lag = product if self._lag is None else self._lag.add_(product)
         if self._wanted.channels:
             sizes = x_TC.abs()
             total, largest = sizes.sum(0), sizes.amax(0)
@@ -94,7 +111,7 @@ class Collector:
         parts = (self, *others)
         tokens = sum(part._tokens for part in parts)
         gram, total = _sum([part._gram for part in parts]), _sum([part._sum for part in parts])
-        cross = _sum([part._cross for part in parts])
+        cross, lag = _sum([part._cross for part in parts]), _sum([part._lag for part in parts])
         largest = [part._largest for part in parts if part._largest is not None]
         histogram = self._histogram
         for part in others:
@@ -104,6 +121,7 @@ class Collector:
             tokens=tokens,
             gram=None if gram is None else gram / tokens,
             cross=None if cross is None else cross / tokens,
+            lag=None if lag is None else lag / tokens,
             mean=None if total is None else total / tokens,
             largest=torch.stack([one.to(largest[0].device) for one in largest]).amax(0) if largest else None,
             histogram=histogram,
@@ -115,14 +133,14 @@ def gather(
     num_lanes: int,
     wanted: Wanted,
     where: str,
-    source: Iterable[Tensor] | None = None,
+    source: Iterable[SourceInputs] | None = None,
 ) -> Statistics:
     """Return statistics of inputs that come as (number of the lane, [T, C]), compared with the source's if given.
 
     Raises ValueError for NaN and infinity, naming `where`.
     """
     collectors = [Collector(wanted) for _ in range(num_lanes)]
-    theirs: Iterator[Tensor | None] = itertools.repeat(None) if source is None else iter(source)
+    theirs: Iterator[SourceInputs | None] = itertools.repeat(None) if source is None else iter(source)
     for lane, x in inputs:
         collectors[lane].add(x, next(theirs))
     first, *others = collectors

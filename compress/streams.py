@@ -6,7 +6,7 @@ all of it costs little more than one forward pass.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from pressd.runtime.layers.norm import RMSNorm
 from pressd.runtime.layers.rotary import Rotary
 from pressd.runtime.models.config import DecoderConfig
 from pressd.runtime.models.decoder import Block
-from pressd.runtime.models.loading import Kernels, choose_kernels, load_block
+from pressd.runtime.models.loading import GROUP_KINDS, Kernels, choose_kernels, load_block
 from pressd.runtime.models.sequences import independent
 
 # Tokens that run through a layer at once.
@@ -56,8 +56,9 @@ class Lane:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """Where the tokens of a batch stand: the step they make, their positions, and the pool that they fill."""
+    """Where the tokens of rows of one length stand: the step they make, their positions, the pool that they fill."""
 
+    length: int
     batch: AttentionBatch
     positions: Tensor
     kv_shape: tuple[int, int]
@@ -86,7 +87,7 @@ def open_streams(ids_RT: Tensor, lanes: Sequence[Lane], embedding: Tensor) -> li
         if key not in places:
             pages = lane.layers[0].attention.reads_tables and not lane.layers[0].pointwise.selects_rotations
             batch, positions, kv_shape = independent(len(rows), length, lane.device, pages=pages)
-            places[key] = Places(batch=batch, positions=positions, kv_shape=kv_shape)
+            places[key] = Places(length=length, batch=batch, positions=positions, kv_shape=kv_shape)
         x = embedding[rows.flatten()].to(lane.device, lane.dtype)
         streams.append(Stream(lane=lane, places=places[key], x=x))
     return streams
@@ -114,7 +115,7 @@ class LayerPass:
         self._config = config
         self._index = index
         self._work = work
-        self._streams = streams
+        self.streams = streams
         self._groups: dict[str, FusedGroup] = {group.group.name: group.group for group in work.plan.groups}
         self._lanes = lanes_of(streams)
         self._blocks: dict[int, Block] = {}
@@ -129,7 +130,7 @@ class LayerPass:
 
     def inputs(self, kind: str) -> Iterator[tuple[int, Tensor]]:
         """Yield (number of the lane, inputs [T, C]) of a group for every stream, as the stages before it are now."""
-        for stream in self._streams:
+        for stream in self.streams:
             yield self._lanes.index(stream.lane), self._inputs(kind, stream)
 
     def settle(self, kind: str) -> None:
@@ -139,7 +140,7 @@ class LayerPass:
     def advance(self, kind: str) -> None:
         """Go on with a group in its final form, as the work has it."""
         self._reload_group(kind)
-        for stream in self._streams:
+        for stream in self.streams:
             block = self._blocks[id(stream.lane)]
             if kind == "qkv":
                 stream.attended = self._attend(stream)
@@ -151,10 +152,30 @@ class LayerPass:
 
     def keys_and_values(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the rotated keys and the values of every stream, as attention will find them."""
-        for stream in self._streams:
+        for stream in self.streams:
             kv = self._pool(stream)
             self._attend(stream, kv)
             yield kv.keys, kv.values
+
+    def learnable(self, lane: Lane, linears: Mapping[str, LinearLayer]) -> Block:
+        """Return the layer on one lane with other linears by kind, and references, which gradients pass, for the rest.
+
+        What lies between linears is not among these.
+        """
+        reference = dataclasses.replace(lane, prefer="reference").loader(self._work)
+        block = self._blocks[id(lane)]
+        for kind in GROUP_KINDS:
+            name = f"layers.{self._index}.{kind}"
+            block = with_linear(block, kind, linears.get(kind) or reference.load(self._groups[name]))
+        return block
+
+    def bias(self, kind: str, lane: Lane) -> Tensor | None:
+        """Return the bias [R] of a group on a lane, None if it has none."""
+        members = self._groups[f"layers.{self._index}.{kind}"].members
+        if not members[0].bias:
+            return None
+        parts = [self._work.tensor(f"{member.prefix}.bias") for member in members]
+        return torch.cat(parts).to(lane.device, lane.dtype)
 
     @property
     def num_lanes(self) -> int:
@@ -191,10 +212,10 @@ class LayerPass:
         group = self._groups[f"layers.{self._index}.{kind}"]
         for lane in self._lanes:
             block = self._blocks[id(lane)]
-            self._blocks[id(lane)] = _with_linear(block, kind, lane.loader(self._work).load(group))
+            self._blocks[id(lane)] = with_linear(block, kind, lane.loader(self._work).load(group))
 
 
-def _with_linear(block: Block, kind: str, linear: LinearLayer) -> Block:
+def with_linear(block: Block, kind: str, linear: LinearLayer) -> Block:
     """The same layer with another linear for a group."""
     match kind:
         case "qkv":

@@ -46,20 +46,23 @@ def gptq(weight: Tensor, gram: Tensor, levels: Columns, *, damp: float, act_orde
     return Rounded(codes=torch.empty_like(codes).index_copy_(1, order, codes), damp=damp)
 
 
-def match_source(weight: Tensor, gram: Tensor, cross: Tensor, *, damp: float) -> Tensor:
+def match_source(weight: Tensor, gram: Tensor, cross: Tensor, lag: Tensor | None, *, damp: float) -> Tensor:
     """Return the weight [R, C] whose outputs for the pressed model's inputs x are closest to the source's own outputs.
 
     `cross` [C, C] is the mean of y^T x, with y what the source's inputs would be, `gram` the mean of x^T x: so errors
-    of the layers before are made up for as well (Li et al. 2025, "GPTAQ", https://arxiv.org/abs/2504.02692). What is
-    asked for is the least-squares solution W C (G + damping)^-1, written as a change of W. Raises SingularError.
+    of the layers before are made up for as well (Li et al. 2025, "GPTAQ", https://arxiv.org/abs/2504.02692). With `lag`
+    [R, C], the mean of d^T x, outputs are to make up for d too: what the stream that they are added to lacks. What is
+    asked for is the least-squares solution (W C + L) (G + damping)^-1, written as a change of W. Raises SingularError.
     """
     damped = gram.clone()
     damped.diagonal().add_(damp * gram.diagonal().mean())
     lower, failed = torch.linalg.cholesky_ex(damped)
     if bool(failed):
         raise SingularError
-    change = torch.cholesky_solve((cross - gram).T.contiguous(), lower).T
-    return weight + weight @ change
+    wanted = weight @ (cross - gram)
+    if lag is not None:
+        wanted += lag
+    return weight + torch.cholesky_solve(wanted.T.contiguous(), lower).T
 
 
 def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
