@@ -86,10 +86,6 @@ def tune(
     rate = 1 / options.steps if options.rate is None else options.rate
     sign_descent(lambda _: rows.loss(rows.draw(generator)), list(latent.values()), steps=options.steps, rate=rate)
     after = rows.error()
-    import os
-
-    if os.environ.get("DBG"):
-        print("before", before, "after", after, flush=True)
     if not after < before:
         return dict(decisions), 1.0
     return dict(decisions) | {kind: tuned[kind].moved_to(*latent[kind].rounded()) for kind in tuned}, after / before
