@@ -7,6 +7,10 @@
 Saved in compressed-tensors' layout, so the Python needs compressed-tensors too.
 """
 
+import shutil
+import tempfile
+from pathlib import Path
+
 import torch
 from auto_round import AutoRound
 from peer_task import Stopwatch, answer, read_task
@@ -32,8 +36,11 @@ def main() -> None:
         dataset=list(torch.split(task.ids, BATCH)),
         device_map="cpu",
     )
-    quantiser.quantize_and_save(output_dir=str(task.out), format="llm_compressor")
-    spent = stopwatch.read()
+    with tempfile.TemporaryDirectory() as folder:
+        quantiser.quantize_and_save(output_dir=folder, format="llm_compressor")
+        spent = stopwatch.read()
+        (saved,) = Path(folder).iterdir()  # under a name of its own
+        shutil.move(saved, task.out)
     answer(("auto-round", "compressed-tensors"), dtype=str(quantiser.model.dtype).removeprefix("torch."), **spent)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import runpy
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -117,6 +118,7 @@ def test_our_rounding_still_measures_as_recorded(scheme: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # half a minute on two free cores, ten times that on busy ones
 def test_llm_compressor_still_gives_what_is_recorded(tmp_path: Path) -> None:
     if PEER_PYTHON is None:
         pytest.skip("set PRESSD_PEER_PYTHON to a Python that has llmcompressor")
@@ -129,7 +131,10 @@ def test_llm_compressor_still_gives_what_is_recorded(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run_peer(PEER_PYTHON, "llmcompressor", method="gptq", scheme="w4a16g128", ids=ids, out=out, threads=threads)
     found = measure(out, heldout_ids())["kl_mean"]
-    # On the same kind of processor every code is the same. Another one sums bfloat16 activations in another order,
-    # which disturbs a Hessian by less than other calibration rows do: so no further than the seeds lie apart.
-    apart = max(result.kl_mean for result in recorded) - min(result.kl_mean for result in recorded)
-    assert found == pytest.approx(recorded[0].kl_mean, abs=apart + other_arithmetic(found))
+    # On the same processor with as many threads every code is the same. Sums in another order (one thread, not two,
+    # gave 0.01013 for 0.00987) disturb a Hessian, and roundings that follow from roundings, about as much as other rows
+    # do: so a result is one more draw beside those of the seeds, within their 99 % prediction interval (Student, 2
+    # degrees of freedom: 9.92). Rounding to nearest is at 0.0243, auto-round at 0.0071: both far outside.
+    draws = [result.kl_mean for result in recorded]
+    reach = 9.92 * statistics.stdev(draws) * math.sqrt(1 + 1 / len(draws))
+    assert found == pytest.approx(statistics.mean(draws), abs=reach + other_arithmetic(found))
