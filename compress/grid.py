@@ -100,14 +100,14 @@ def code_range(spec: Packed) -> tuple[int, int]:
     return -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1
 
 
-def fit(weight: Tensor, spec: Packed, dtype: torch.dtype, shrink: float | Tensor = 1.0) -> Grid:
-    """Return the grid that spans weight [R, C] of float32, its ends drawn in to `shrink` (number, or [R, G]).
+def fit(weight: Tensor, spec: Packed, dtype: torch.dtype) -> Grid:
+    """Return the grid that spans weight [R, C] of float32; `dtype` is that of stored scales.
 
-    The formulas are those of round-to-nearest (integer_codes.py, fp8/format.py). `dtype` is that of stored scales.
+    For weights that are numbers of `dtype` it is the grid of round-to-nearest (integer_codes.py, fp8/format.py) to the
+    bit: like there, it is computed in `dtype`.
     """
-    groups = _groups(weight, spec)
-    low, high = (groups.amin(-1).clamp_max(0) * shrink), (groups.amax(-1).clamp_min(0) * shrink)
-    return _spanning(low, high, spec, dtype)
+    low, high = _ends(_groups(weight, spec))
+    return _spanning(low.to(dtype), high.to(dtype), spec, dtype)
 
 
 def search(weight: Tensor, spec: Packed, dtype: torch.dtype, importance: Tensor | None = None) -> Grid:
@@ -117,11 +117,11 @@ def search(weight: Tensor, spec: Packed, dtype: torch.dtype, importance: Tensor 
     """
     assert spec.block_size is None, "rows of a block have no grid of their own to search"
     groups = _groups(weight, spec)
-    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+    low, high = _ends(groups)
     counts = None if importance is None else importance.reshape(groups.size(1), -1)
-    best = _spanning(low, high, spec, dtype)
+    best = fit(weight, spec, dtype)
     least = _loss(groups, best, counts)
-    for shrink in torch.linspace(1.0, _SHRINK_FROM, _SHRINK_STEPS)[1:].tolist():
+    for shrink in torch.linspace(1.0, _SHRINK_FROM, _SHRINK_STEPS).tolist():
         tried = _spanning(low * shrink, high * shrink, spec, dtype)
         loss = _loss(groups, tried, counts)
         better = loss < least
@@ -131,27 +131,33 @@ def search(weight: Tensor, spec: Packed, dtype: torch.dtype, importance: Tensor 
 
 
 def _spanning(low: Tensor, high: Tensor, spec: Packed, dtype: torch.dtype) -> Grid:
-    """The grid from `low` to `high`, both [R, G]; symmetric ones take the larger of the two."""
+    """The grid from `low` to `high`, both [R, G], computed in their type; symmetric ones take the larger of the two."""
     if spec.block_size is not None:
         high = _block_largest(torch.maximum(high, -low), spec.block_size)
         low = -high
     if spec.symmetric:
         half_range = fp8.LARGEST if spec.storage == fp8.NAME else (2**spec.bits - 1) / 2
-        scale = torch.maximum(high, -low) / half_range
+        scale = (torch.maximum(high, -low) / half_range).to(dtype)
     else:
-        scale = (high - low) / (2**spec.bits - 1)
-    scale = scale.to(dtype)
-    scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale).to(low.dtype)
-    if spec.symmetric:
-        return Grid(spec=spec, dtype=dtype, scale=scale, zero_point=None)
-    least, most = code_range(spec)
-    return Grid(spec=spec, dtype=dtype, scale=scale, zero_point=(least - low / scale).clamp_(least, most).round_())
+        scale = ((high - low) / (2**spec.bits - 1)).to(dtype)
+    is_zero = scale == 0
+    scale = torch.where(is_zero, torch.finfo(dtype).eps, scale)
+    zero_point = None
+    if not spec.symmetric:
+        least, most = code_range(spec)
+        zero_point = (least - low / scale.to(low.dtype)).clamp_(least, most).round_().masked_fill_(is_zero, 0).float()
+    return Grid(spec=spec, dtype=dtype, scale=scale.float(), zero_point=zero_point)
 
 
 def _block_largest(largest: Tensor, block: int) -> Tensor:
     """The largest of each `block` rows of [R, G], for each of them."""
     pieces = [piece.amax(0, keepdim=True).expand_as(piece) for piece in torch.split(largest, block)]
     return torch.cat(pieces)
+
+
+def _ends(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest weight of each group of [R, G, C / G], zero included."""
+    return groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
 
 
 def _groups(weight: Tensor, spec: Packed) -> Tensor:
