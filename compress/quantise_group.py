@@ -20,6 +20,8 @@ from pressd.runtime.artifact.specs import Packed
 from pressd.runtime.kernels.fp8 import format as fp8
 from pressd.runtime.kernels.registry import Tensors
 
+_SINGULAR = "rtn: the Hessian is singular"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantised:
@@ -55,12 +57,15 @@ def quantise(
     """
     gram = statistics.gram
     assert gram is not None
+    fallback: str | None = None
     if options is not None and statistics.cross is not None:
-        weight = match_source(weight, gram, statistics.cross, statistics.lag, damp=options.damp)
+        try:
+            weight = match_source(weight, gram, statistics.cross, statistics.lag, damp=options.damp)
+        except SingularError:
+            options, fallback = None, _SINGULAR
     importance = None if options is not None else gram.diagonal()
     levels = _grid(weight, specs, dtype, clip=clip, importance=importance)
     columns = levels.by_column()
-    fallback: str | None = None
     notes: tuple[str, ...] = ()
     if options is None:
         codes = columns.codes(weight)
@@ -72,7 +77,7 @@ def quantise(
             if rounded.damp > options.damp:
                 notes = (f"damped by {rounded.damp:g} of the mean diagonal",)
         except SingularError:
-            codes, fallback = columns.codes(weight), "rtn: the Hessian is singular"
+            codes, fallback = columns.codes(weight), _SINGULAR
     total = output_error(weight, gram)
     lost = output_error(levels.by_column().values(codes) - weight, gram)
     relative = math.sqrt(lost / total) if total else 0.0

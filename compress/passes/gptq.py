@@ -32,15 +32,17 @@ class Rounded:
 def gptq(weight: Tensor, gram: Tensor, levels: Columns, *, damp: float, act_order: bool) -> Rounded:
     """Round weight [R, C] to `levels` so that outputs for inputs of this gram [C, C] change least.
 
-    Dead inputs (zero on the diagonal) take no part: their weights go to the nearest level of zero. Where the Hessian
-    turns out to be singular, damping grows tenfold up to three times. Raises SingularError after that.
+    Dead inputs (zero on the diagonal) take no part, not in the mean that damping is measured by either: their weights
+    go to the nearest level of zero. Where the Hessian turns out to be singular, damping grows tenfold up to three
+    times. Raises SingularError after that, and where no input is alive.
     """
     energy = gram.diagonal()
     dead = energy == 0
     order = energy.argsort(descending=True, stable=True) if act_order else torch.arange(len(energy), device=gram.device)
     weight = weight.masked_fill(dead, 0)[:, order]
     hessian = gram[order][:, order]
-    hessian.diagonal().masked_fill_(dead[order], 1)
+    living = energy.sum() / (~dead).sum().clamp_min(1)
+    hessian.diagonal().copy_(torch.where(dead, living, energy)[order])
     upper, damp = _inverse_factor(hessian, damp)
     codes = _sweep(weight, upper, levels[:, order])
     return Rounded(codes=torch.empty_like(codes).index_copy_(1, order, codes), damp=damp)
