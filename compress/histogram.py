@@ -1,11 +1,16 @@
 """How often absolute values occur, in bins of equal width, without knowing beforehand how large they get."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-BINS = 2048
+BINS = 1 << 14
+# So many values are counted at once: float32, in which torch counts, has every whole number up to here.
+_EXACT = 1 << 24
+# Of a histogram without values: less than that of any which has some.
+_NO_LIMIT = 2.0**-100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +31,13 @@ class Histogram:
         """Count the values of x, of any shape; where one is not finite, `top` says so and nothing is counted."""
         sizes = x.detach().abs().flatten().float()
         top = sizes.max()
+        counts = torch.zeros(BINS, dtype=torch.float64, device=x.device)
         if not bool(torch.isfinite(top)):
-            return cls(counts=torch.zeros(BINS, dtype=torch.float64), zeros=0, limit=1.0, top=top)
+            return cls(counts=counts, zeros=0, limit=_NO_LIMIT, top=top)
         limit = _power_above(float(top))
         zeros = int((sizes == 0).sum())
-        counts = torch.histc(sizes, bins=BINS, min=0.0, max=limit).double()
+        for part in torch.split(sizes, _EXACT):
+            counts += torch.histc(part, bins=BINS, min=0.0, max=limit)
         counts[0] -= zeros
         return cls(counts=counts, zeros=zeros, limit=limit, top=top)
 
@@ -66,8 +73,8 @@ class Histogram:
 
 
 def _power_above(value: float) -> float:
-    """The smallest power of two that is larger; 1 for zero."""
+    """The smallest power of two that is larger."""
     if value == 0:
-        return 1.0
-    _, exponent = torch.frexp(torch.tensor(value, dtype=torch.float64))
-    return float(2.0 ** int(exponent))
+        return _NO_LIMIT
+    _, exponent = math.frexp(value)
+    return max(2.0**exponent, _NO_LIMIT)
