@@ -10,7 +10,7 @@ from pressd.compress.cost import Clock
 from pressd.compress.decision import Decision
 from pressd.compress.group_plan import GroupPlan
 from pressd.compress.histogram import Histogram
-from pressd.compress.observers import OBSERVERS
+from pressd.compress.observers import ENDS, OBSERVERS
 from pressd.compress.pass_options import Awq, Gptq, Static
 from pressd.compress.plan import Plan
 from pressd.compress.planned_group import Loss, planned_group
@@ -19,10 +19,6 @@ from pressd.compress.quantise_group import quantise
 from pressd.compress.statistics import SourceInputs, Statistics, Wanted, gather
 from pressd.runtime.artifact.manifest import PlannedGroup
 from pressd.runtime.artifact.specs import Packed
-from pressd.runtime.kernels.fp8 import format as fp8
-
-# Where a static scale's largest value goes, by the type of the codes.
-_ENDS = {"int8": 127.5, fp8.NAME: fp8.LARGEST}
 
 
 def collect(
@@ -70,8 +66,8 @@ def describe(pressed: Decision | PlannedGroup, work: BlockWork, plan: Plan) -> P
 
 def static_scale(histogram: Histogram, options: Static, kind: str, dtype: torch.dtype) -> Tensor:
     """Return the scale [1] of codes of `kind`, int8 or fp8, that end where the observer says."""
-    threshold = OBSERVERS[options.observer](histogram, options.percentile)
-    scale = torch.tensor([threshold / _ENDS[kind]], dtype=WORK).to(dtype)
+    threshold = OBSERVERS[options.observer](histogram, kind, options.percentile)
+    scale = torch.tensor([threshold / ENDS[kind]], dtype=WORK).to(dtype)
     return scale.clamp_min(torch.finfo(dtype).tiny)
 
 
