@@ -79,12 +79,14 @@ class Round(_Options):
 class Static(_Options):
     """Static scales of activations, and of keys and values if `kv` says in which type they may be kept.
 
-    `observer` decides from a histogram where they end; `percentile` is for the observer of that name.
+    `observer` decides from a histogram where they end; `percentile` is for the observer of that name. The default is
+    the one for what flows into `down`: most of it is near zero, and the few values far away matter most; `kl`, which
+    looks at frequencies alone, cuts them off.
     """
 
     scope: ClassVar[Scope] = "calibrate"
     use: Literal["static"]
-    observer: Observer = "kl"
+    observer: Observer = "mse"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     kv: Literal["int8", "fp8"] | None = None
 
