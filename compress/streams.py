@@ -151,11 +151,11 @@ class LayerPass:
                 stream.x = stream.x + block.mlp.down(self._inputs("down", stream))
 
     def keys_and_values(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the rotated keys and the values of every stream, as attention will find them."""
+        """Yield the rotated keys and the values [T, heads, head_dim] of every stream, as attention will find them."""
         for stream in self.streams:
-            kv = self._pool(stream)
+            kv, slots = self._pool(stream), stream.places.batch.slot_mapping
             self._attend(stream, kv)
-            yield kv.keys, kv.values
+            yield kv.keys.flatten(0, 1)[slots], kv.values.flatten(0, 1)[slots]  # the last page may not be full
 
     def learnable(self, lane: Lane, linears: Mapping[str, LinearLayer]) -> Block:
         """Return the layer on one lane with other linears by kind, and references, which gradients pass, for the rest.
