@@ -28,9 +28,10 @@ def equalise(layer: LayerPass, work: BlockWork, kind: str, plan: Plan) -> None:
         return
     if smooth is not None and _is_quantised(work.group(kind)):
         _smooth(layer, work, kind, smooth)
-    for reader in (kind, _AHEAD[kind]) if awq is not None else ():
-        if _is_quantised(work.group(reader)):
-            _search(layer, work, reader, plan, awq)
+    if awq is not None:
+        for reader in (kind, _AHEAD[kind]):
+            if _is_quantised(work.group(reader)):
+                _search(layer, work, reader, plan, awq)
 
 
 def _smooth(layer: LayerPass, work: BlockWork, kind: str, options: Smooth) -> None:
@@ -42,8 +43,7 @@ def _smooth(layer: LayerPass, work: BlockWork, kind: str, options: Smooth) -> No
     layer.reload()
 
 
-def _search(layer: LayerPass, work: BlockWork, kind: str, plan: Plan, options: Awq | None) -> None:
-    assert options is not None
+def _search(layer: LayerPass, work: BlockWork, kind: str, plan: Plan, options: Awq) -> None:
     group, attention = work.group(kind), plan.model.attention
     statistics = gather(layer.inputs(kind), layer.num_lanes, Wanted(gram=True, channels=True), group.group.name)
     assert statistics.gram is not None
