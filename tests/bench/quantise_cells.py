@@ -62,7 +62,7 @@ MEASURED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("w8a8-static", ("static, minmax", "static, percentile", "static, mse", "static, kl")),
     ("fp8", ("rtn", "gptq")),
     ("fp8-block", ("rtn", "gptq")),
-    ("fp8-static", ("static, kl",)),
+    ("fp8-static", ("static, minmax", "static, kl")),
 )
 BESIDE_PEERS = ("gptq", "gptq + round")
 QUICK = (("w4a16g128", "rtn"), ("w4a16g128", "gptq"))
