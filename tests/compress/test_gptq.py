@@ -169,7 +169,7 @@ def test_what_no_damping_saves_is_refused(how: str) -> None:
     with pytest.raises(SingularError):
         gptq(weight, BAD[how](gram), levels, damp=0.01, act_order=True)
     with pytest.raises(SingularError):
-        match_source(weight, BAD[how](gram), gram, damp=0.01)
+        match_source(weight, BAD[how](gram), gram, None, damp=0.01)
 
 
 @pytest.mark.parametrize("correct", [False, True])
@@ -203,25 +203,28 @@ def test_members_are_stored_as_they_were_rounded(scheme: str) -> None:
     assert found.output_error < nearest.output_error
 
 
+@pytest.mark.parametrize("lags", [False, True])
 @pytest.mark.parametrize("tokens", [500, 20])
-def test_matching_the_source_is_least_squares(tokens: int) -> None:
-    """min |W' x - W y|^2 + ridge |W' - W|^2, by numpy's lstsq on the tokens; also where they are few."""
+def test_matching_the_source_is_least_squares(tokens: int, lags: bool) -> None:
+    """min |W' x - W y - d|^2 + ridge |W' - W|^2, by numpy's lstsq on the tokens; also where they are few."""
     generator = torch.Generator().manual_seed(tokens)
     y = torch.randn(tokens, 48, generator=generator, dtype=torch.float64)
     x = y + 0.3 * torch.randn(tokens, 48, generator=generator, dtype=torch.float64)
     weight = torch.randn(ROWS, 48, generator=generator, dtype=torch.float64)
-    gram, cross = x.T @ x / tokens, y.T @ x / tokens
+    lacking = 0.5 * torch.randn(tokens, ROWS, generator=generator, dtype=torch.float64)
+    gram, cross, lag = x.T @ x / tokens, y.T @ x / tokens, lacking.T @ x / tokens
     ridge = 0.01 * float(gram.diagonal().mean())
     rows = np.concatenate([x.numpy(), np.sqrt(tokens * ridge) * np.eye(48)])
-    wanted = np.concatenate([(y @ weight.T).numpy(), np.sqrt(tokens * ridge) * weight.numpy().T])
+    outputs = y @ weight.T + lacking if lags else y @ weight.T
+    wanted = np.concatenate([outputs.numpy(), np.sqrt(tokens * ridge) * weight.numpy().T])
     expected = np.linalg.lstsq(rows, wanted, rcond=None)[0].T
-    found = match_source(weight, gram, cross, damp=0.01)
+    found = match_source(weight, gram, cross, lag if lags else None, damp=0.01)
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-11)  # condition 1e3, float64 throughout
-    single = match_source(weight.float(), gram.float(), cross.float(), damp=0.01)
+    single = match_source(weight.float(), gram.float(), cross.float(), lag.float() if lags else None, damp=0.01)
     # Float32: 2^-24 times the condition number of what is solved, at most trace / ridge = 48 / 0.01, times |W|'s size.
     assert float((single - found).abs().max()) < 2.0**-24 * 48 / 0.01 * float(weight.abs().max())
 
 
 def test_nothing_changes_where_inputs_are_the_sources() -> None:
     weight, gram = problem(40, seed=9)
-    assert torch.equal(match_source(weight, gram, gram, damp=0.01), weight)
+    assert torch.equal(match_source(weight, gram, gram, None, damp=0.01), weight)

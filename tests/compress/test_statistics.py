@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pressd.compress.histogram import Histogram
-from pressd.compress.statistics import Collector, Statistics, Wanted, gather
+from pressd.compress.statistics import Collector, SourceInputs, Statistics, Wanted, gather
 
 ALL = Wanted(gram=True, channels=True, histogram=True)
 TOKENS, COLUMNS = 301, 37
@@ -20,7 +20,11 @@ def inputs(seed: int) -> torch.Tensor:
     return torch.randn(TOKENS, COLUMNS, generator=generator) * torch.exp(torch.randn(COLUMNS, generator=generator))
 
 
-def check(found: Statistics, x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+def beside(y: torch.Tensor, lag: torch.Tensor | None = None) -> SourceInputs:
+    return SourceInputs(inputs_TC=y, lag_TR=lag)
+
+
+def check(found: Statistics, x: torch.Tensor, y: torch.Tensor | None = None, lag: torch.Tensor | None = None) -> None:
     wide = x.double().numpy()
     sizes = np.abs(wide)
     assert found.tokens == TOKENS
@@ -43,21 +47,29 @@ def check(found: Statistics, x: torch.Tensor, y: torch.Tensor | None = None) -> 
         theirs = y.double().numpy()
         bound = ROUNDING * np.abs(theirs).T @ sizes / TOKENS
         assert np.all(np.abs(found.cross.double().numpy() - theirs.T @ wide / TOKENS) <= bound)
+    if lag is None:
+        assert found.lag is None
+    else:
+        assert found.lag is not None
+        theirs = lag.double().numpy()
+        bound = ROUNDING * np.abs(theirs).T @ sizes / TOKENS
+        assert np.all(np.abs(found.lag.double().numpy() - theirs.T @ wide / TOKENS) <= bound)
 
 
 @pytest.mark.parametrize("sizes", [[301], [1, 300], [128, 128, 45], [7] * 43, [300, 1]], ids=str)
 @pytest.mark.parametrize("num_lanes", [1, 2, 3, 50])
 def test_batches_and_lanes_make_no_difference(sizes: Sequence[int], num_lanes: int) -> None:
-    x, y = inputs(1), inputs(2)
-    parts, theirs = torch.split(x, list(sizes)), torch.split(y, list(sizes))
+    x, y, lag = inputs(1), inputs(2), inputs(5)[:, :11]
+    parts, theirs, lags = (torch.split(one, list(sizes)) for one in (x, y, lag))
     lanes = [index % num_lanes for index in range(len(parts))]  # with more lanes than batches, some see nothing
-    check(gather(zip(lanes, parts, strict=True), num_lanes, ALL, "g", iter(theirs)), x, y)
+    check(gather(zip(lanes, parts, strict=True), num_lanes, ALL, "g", map(beside, theirs, lags)), x, y, lag)
+    check(gather(zip(lanes, parts, strict=True), num_lanes, ALL, "g", map(beside, theirs)), x, y)
     check(gather(zip(lanes, parts, strict=True), num_lanes, ALL, "g"), x)
 
 
 def test_sixteen_bit_inputs_are_summed_in_float32() -> None:
     x = inputs(3).bfloat16()
-    check(gather([(0, x)], 1, ALL, "g", [inputs(4).bfloat16()]), x, inputs(4).bfloat16())
+    check(gather([(0, x)], 1, ALL, "g", [beside(inputs(4).bfloat16())]), x, inputs(4).bfloat16())
 
 
 def test_only_what_is_wanted_is_collected() -> None:
@@ -99,4 +111,4 @@ def test_a_source_that_overflows_is_refused_by_name() -> None:
     y = inputs(2)
     y[0, 0] = torch.inf
     with pytest.raises(ValueError, match=r"layers\.1\.o: its inputs are not finite"):
-        gather([(0, inputs(1))], 1, Wanted(gram=True), "layers.1.o", [y])
+        gather([(0, inputs(1))], 1, Wanted(gram=True), "layers.1.o", [beside(y)])
