@@ -4,6 +4,7 @@ The first line is a fingerprint. A line is written when everything it speaks of 
 any moment can be taken up after its last whole line; digests show whether the files still hold what they held.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -39,7 +40,7 @@ class Journal:
             self._read()
 
     def __enter__(self) -> "Journal":
-        self._file: BinaryIO = self._path.open("r+b" if self._end else "wb")
+        self._file: BinaryIO = self._path.open("r+b" if self._path.exists() else "wb")
         try:
             self._file.truncate(self._end)  # a line that was not finished
             self._file.seek(self._end)
@@ -80,6 +81,11 @@ def has_begun(directory: Path) -> bool:
     """Whether a directory holds a run that can be taken up: one whose fingerprint was written."""
     path = directory / FOLDER / NAME
     return path.is_file() and next(_whole_lines(path), None) is not None
+
+
+def holds_work(directory: Path) -> bool:
+    """Whether a directory holds a run that has finished a block."""
+    return sum(1 for _ in itertools.islice(_whole_lines(directory / FOLDER / NAME), 2)) == 2
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:

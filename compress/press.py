@@ -12,7 +12,7 @@ from pressd.compress.calibration import CalibrationRows, read_calibration
 from pressd.compress.companions import copy_companions
 from pressd.compress.cost import Clock
 from pressd.compress.fingerprint import make_fingerprint
-from pressd.compress.journal import BlockLine, Journal
+from pressd.compress.journal import BlockLine, Journal, holds_work
 from pressd.compress.plan import BlockPlan, Plan, make_plan
 from pressd.compress.press_block import Presser, RoundingPresser
 from pressd.compress.press_with_text import TextPresser
@@ -22,7 +22,7 @@ from pressd.compress.record import make_manifest, source_files
 from pressd.compress.report import make_report, this_machine, write_report
 from pressd.compress.reread import Reread
 from pressd.compress.staging import check_target, staged, sweep, unfinished
-from pressd.compress.weights_writer import SHARD_BYTES, PlannedTensor, WeightsWriter, tensor_bytes
+from pressd.compress.weights_writer import SHARD_BYTES, DamagedError, PlannedTensor, WeightsWriter, tensor_bytes
 from pressd.runtime.artifact import manifest as manifests
 from pressd.runtime.artifact.manifest import Manifest, PlannedGroup
 from pressd.runtime.artifact.reader import Checkpoint
@@ -111,10 +111,15 @@ def _run(run: Run, out: Path, *, overwrite: bool, resume: bool, command: str | N
     begun = unfinished(out) if resume else None
     if begun is not None:
         Journal(begun, fingerprint)  # refuses before anything is touched
-    keeps_work = run.rows is not None
-    with staged(out, overwrite=overwrite, resume=begun, keeps=lambda: keeps_work) as directory:
+
+    def keeps(directory: Path, error: BaseException) -> bool:
+        """Rounding alone is done again in no time, and is not worth a directory that somebody has to remove."""
+        return isinstance(error, DamagedError) or (
+            isinstance(error, KeyboardInterrupt) and run.rows is not None and holds_work(directory)
+        )
+
+    with staged(out, overwrite=overwrite, journaled=True, resume=begun, keeps=keeps) as directory:
         ours = directory / manifests.FOLDER
-        ours.mkdir(exist_ok=True)
         sweep(ours)
         (ours / "recipe.toml").write_text(plan.recipe.text, encoding="utf-8")
         groups = _write_weights(run, directory, fingerprint)
@@ -150,6 +155,7 @@ def _write_weights(run: Run, directory: Path, fingerprint: dict[str, object]) ->
         WeightsWriter(directory, list(planned_tensors(run.plan)), run.shard_bytes) as writer,
     ):
         presser = run.presser()
+        is_complete = len(journal.finished) == len(blocks)
         reread = Reread(directory, writer)
         for number, block in enumerate(blocks, start=1):
             line = journal.finished[number - 1] if number <= len(journal.finished) else None
@@ -161,7 +167,9 @@ def _write_weights(run: Run, directory: Path, fingerprint: dict[str, object]) ->
                     journal.write(line)
                 else:
                     assert line.block == block.block.name, f"{line.block} is not what the same plan would have"
-                    presser.replay(block, {name: writer.take_over(name, sha) for name, sha in line.sha256.items()})
+                    tensors = {name: writer.take_over(name, sha) for name, sha in line.sha256.items()}
+                    if not is_complete:  # somebody comes after it
+                        presser.replay(block, tensors)
             groups += line.groups
             seconds = run.clock.seconds(line.block)
             run.progress(

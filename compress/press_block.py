@@ -53,6 +53,7 @@ class RoundingPresser:
                 yield from self._press_group(group, done)
         for name in block.block.others:
             yield Pressed(tensors={name: dense_tensor(self._source, name, self._plan.dtype)})
+        self._source.close()  # the pages of this block are not wanted again
 
     def replay(self, block: BlockPlan, tensors: Tensors) -> None:
         """Nothing is carried from one block to the next."""

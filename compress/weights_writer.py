@@ -50,6 +50,10 @@ class PlannedTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class DamagedError(ValueError):
+    """A file does not hold what an earlier run has written to it."""
+
+
 class WeightsWriter:
     """The weight files of one directory, as a context manager: every planned tensor must be written once in it."""
 
@@ -64,6 +68,7 @@ class WeightsWriter:
         self._file_of = {name: file for file, shard in self._shards.items() for name in shard.places}
         self.file_bytes = {file: shard.num_bytes for file, shard in self._shards.items()}
         self._open: dict[str, BinaryIO] = {}
+        self._is_named = True  # whether the names of all files are on disk
 
     def __enter__(self) -> "WeightsWriter":
         if len(self._shards) > 1:
@@ -96,6 +101,7 @@ class WeightsWriter:
             is_there = (self._directory / file).is_file()
             self._open[file] = (self._directory / file).open("r+b" if is_there else "wb")
             self._open[file].write(shard.header)
+            self._is_named = self._is_named and is_there
         stream = self._open[file]
         stream.seek(offset)
         stream.write(tensor_bytes(tensor))
@@ -107,28 +113,49 @@ class WeightsWriter:
         return True
 
     def sync(self) -> None:
-        """Wait until all that was written is on disk."""
+        """Wait until all that was written is on disk, under its name."""
         for stream in self._open.values():
             stream.flush()
             os.fsync(stream.fileno())
+        if not self._is_named:
+            _sync_directory(self._directory)
+            self._is_named = True
 
     def take_over(self, name: str, sha256: str) -> Tensor:
         """Return a tensor that an earlier run has written, and count it as written.
 
-        Raises ValueError if the file holds something else by now.
+        Raises DamagedError if the file holds something else by now.
         """
-        file = self._file_of[name]
-        planned, offset = self._shards[file].places.pop(name)
-        with (self._directory / file).open("rb") as stream:
-            stream.seek(offset)
-            data = bytearray(stream.read(planned.num_bytes))
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise ValueError(
-                f"cannot resume: {self._directory / file}: {name} is not what was written; press without --resume"
-            )
+        path = self._directory / self._file_of[name]
+        shard = self._shards[path.name]
+        planned, offset = shard.places.pop(name)
+        data = bytearray(planned.num_bytes)
+        try:
+            with path.open("rb") as stream:
+                header = stream.read(len(shard.header))
+                stream.seek(offset)
+                num_bytes = stream.readinto(data)
+        except FileNotFoundError:
+            raise DamagedError(_damage(path, f"it is missing, and held {name}")) from None
+        if header != shard.header:
+            raise DamagedError(_damage(path, "its header is not what was written"))
+        if num_bytes != len(data) or hashlib.sha256(data).hexdigest() != sha256:
+            raise DamagedError(_damage(path, f"{name} is not what was written"))
         if not data:
             return torch.empty(planned.shape, dtype=planned.dtype)
         return torch.frombuffer(data, dtype=torch.uint8).view(planned.dtype).view(planned.shape)
+
+
+def _damage(path: Path, what: str) -> str:
+    return f"cannot resume: {path}: {what}; repair the file, or press without --resume"
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
