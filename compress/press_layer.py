@@ -98,7 +98,7 @@ def _measure_kv(layer: LayerPass, work: BlockWork, plan: Plan) -> None:
     layer.settle("qkv")
     histograms: list[Histogram] = []
     for pair in layer.keys_and_values():
-        counted = [Histogram.of(one) for one in pair]
+        counted = [Histogram.of(one).to(torch.device("cpu")) for one in pair]  # streams may be on several devices
         histograms = counted if not histograms else [a.merged(b) for a, b in zip(histograms, counted, strict=True)]
     for name, histogram in zip(work.plan.kv_scales, histograms, strict=True):
         if not bool(torch.isfinite(histogram.top)):

@@ -17,6 +17,7 @@ from pressd.compress.streams import Lane, LayerPass, Stream, final_inputs, open_
 from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.models import decoder_config, load_decoder
 from pressd.runtime.models.loading import GROUP_KINDS
+from pressd.runtime.models.sequences import step_of_equals
 
 CPU = torch.device("cpu")
 # Longer than the windows, and no multiple of a block of keys and values.
@@ -162,18 +163,68 @@ def errors(source: Path, *pressed: Path) -> list[float]:
     return [float((logits - expected).norm() / expected.norm()) for logits in found]
 
 
-def test_a_pressed_model_answers(source: Path, tmp_path: Path) -> None:
+SETS = [["cpu", "cpu"], *(pytest.param(names, marks=pytest.mark.gpu) for names in (["cuda"], ["cpu", "cuda"]))]
+
+
+@pytest.mark.parametrize("devices", SETS, ids="+".join)
+def test_a_pressed_model_answers_wherever_it_was_pressed(source: Path, devices: list[str], tmp_path: Path) -> None:
     recipe, rows = parse_recipe(PASSES, "test"), rows_of(some_ids(24))
     compress(source, recipe, tmp_path / "one", rows=rows)
-    compress(source, recipe, tmp_path / "two", rows=rows, devices=["cpu", "cpu"])
-    compress(source, parse_recipe('[scheme]\n"*" = "w4a16g32"\n"lm_head" = "w6a16g32"\n', "test"), tmp_path / "nearest")
-    one, two, nearest = errors(source, *(tmp_path / name for name in ("one", "two", "nearest")))
+    compress(source, recipe, tmp_path / "other", rows=rows, devices=devices)
+    plain = '[scheme]\n"*" = "w4a16g32"\n"lm_head" = "w6a16g32"\n'
+    compress(source, parse_recipe(plain, "test"), tmp_path / "nearest")
+    one, other, nearest = errors(source, *(tmp_path / name for name in ("one", "other", "nearest")))
     # The passes exist to come closer than rounding to nearest does; on text of the same kind they do.
-    assert max(one, two) < nearest < 1
-    # Two devices sum in another order. Where that turns one code, those after it follow: the two are other roundings of
-    # the same weights. If 2 x 37 x 101 logits were off independently, norms would agree within 3 / sqrt(7474) = 3.5 %;
-    # within a position they are not, and a third of that precision is what is asked for.
-    assert abs(one - two) < 0.1 * one
+    assert max(one, other) < nearest < 1
+    # Other devices sum in another order. Where that turns one code, those after it follow: the two are other roundings
+    # of the same weights. If 2 x 37 x 101 logits were off independently, norms would agree within 3 / sqrt(7474) = 3.5
+    # percent; within a position they are not, and a third of that precision is what is asked for.
+    assert abs(one - other) < 0.1 * one
+
+
+KV = """
+[[pass]]
+use = "static"
+observer = "minmax"
+kv = "int8"
+[scheme]
+"*" = "keep"
+"""
+
+
+@pytest.mark.parametrize("devices", SETS, ids="+".join)
+def test_scales_of_keys_and_values_are_those_of_all_devices(source: Path, devices: list[str], tmp_path: Path) -> None:
+    recipe, rows = parse_recipe(KV, "test"), rows_of(some_ids(24))
+    found = []
+    for name, used in (("one", ["cpu"]), ("other", devices)):
+        compress(source, recipe, tmp_path / name, rows=rows, devices=used)
+        checkpoint = Checkpoint.open(tmp_path / name)
+        found.append(torch.cat([scale for index in range(3) for scale in checkpoint.kv_scales(index)]))
+    # A largest value moves as all values do when sums have another order: see the layers above.
+    assert torch.allclose(found[0], found[1], rtol=1e-4)
+    assert len(set(found[0].tolist())) == 6
+
+
+def test_what_no_token_has_written_is_not_measured(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pages are read, the last one of a row is longer than the row."""
+
+    def padded(rows: int, length: int, device: torch.device, *, pages: bool) -> Any:
+        positions, batch = step_of_equals(rows, length, 0, 1, length + 3, device=device, pages=pages)
+        return batch, positions, (rows, length + 3)
+
+    checkpoint, ids = Checkpoint.open(source), some_ids()
+    config, plan = decoder_config(checkpoint), kept(checkpoint)
+    found = []
+    for paged in (False, True):
+        if paged:
+            monkeypatch.setattr("pressd.compress.streams.independent", padded)
+        lanes = [Lane.open(config, CPU, torch.float32, LENGTH)]
+        streams = open_streams(ids, lanes, checkpoint.tensor("model.embed_tokens.weight"))
+        with torch.no_grad():
+            found += LayerPass(config, 0, dense_work(checkpoint, plan, 0), streams).keys_and_values()
+    for one, other in zip(*found, strict=True):
+        assert one.size(0) == ids.numel()
+        assert torch.equal(one, other)
 
 
 def test_two_devices_know_what_one_does(source: Path) -> None:
