@@ -33,7 +33,7 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     source = make_checkpoint(config_of(args))
-    out = FOLDER / "pressed"
+    out = source.with_name(f"{source.name}-{args.scheme}")
     shutil.rmtree(out, ignore_errors=True)
     ids = torch.randint(
         0, args.vocab, (args.tokens // args.seq_len, args.seq_len), generator=torch.Generator().manual_seed(1)
@@ -50,7 +50,7 @@ def main() -> None:
         "processor": cpu_name(),
         "cores": num_cores(),
         "wall_seconds": report.cost.wall_seconds,
-        "blocks": report.cost.blocks,
+        "blocks": {block.name: block.seconds for block in report.cost.blocks},
         "passes": report.cost.passes,
         "peak_rss_bytes": report.cost.peak_rss_bytes,
         "peak_rss_bytes_before": before,
