@@ -47,17 +47,17 @@ class CalibrationRows:
 def read_calibration(options: Calibration, source: Checkpoint, max_context: int) -> CalibrationRows:
     """Return as many rows as `options` ask for, drawn without replacement by the seed, in the order of the text.
 
-    Raises ValueError for text that is missing, not UTF-8, too short, or held out from calibration, and for rows longer
-    than the model's context.
+    Raises ValueError for text that is missing, not UTF-8, too short, or held out from calibration, for a tokenizer that
+    cannot be loaded, and as `num_rows` does.
     """
-    if options.seq_len > max_context:
-        raise ValueError(f"calibration: seq_len is {options.seq_len}; {source.path} reads {max_context} tokens at once")
-    if options.tokens < options.seq_len:
-        raise ValueError(f"calibration: tokens is {options.tokens}, less than one row of seq_len {options.seq_len}")
+    wanted = num_rows(options, source, max_context)
     text = corpus.load(options.data, SPLIT)
     _refuse_heldout(text)
-    rows, _ = cut_rows(text.documents, prepare(source), options.seq_len)
-    wanted = options.tokens // options.seq_len
+    try:
+        prepared = prepare(source)
+    except ValueError as error:
+        raise ValueError(f"calibration: {error}; without text, weights can only be rounded by the pass rtn") from None
+    rows, _ = cut_rows(text.documents, prepared, options.seq_len)
     if len(rows) < wanted:
         raise ValueError(
             f"calibration: {options.data} fills {len(rows)} rows of {options.seq_len} tokens, {wanted} are asked for "
@@ -66,6 +66,21 @@ def read_calibration(options: Calibration, source: Checkpoint, max_context: int)
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed))[:wanted]
     ids = rows[chosen.sort().values]
     return CalibrationRows(name=text.name, text_sha256=text.sha256, seed=options.seed, ids=ids)
+
+
+def num_rows(options: Calibration, source: Checkpoint, max_context: int) -> int:
+    """Return how many rows `options` ask for; raises ValueError if there is none, or one is longer than the context."""
+    if options.seq_len > max_context:
+        raise ValueError(
+            f"calibration: seq_len is {options.seq_len}; {source.path} reads {max_context} tokens at once: set seq_len "
+            f"to at most {max_context}"
+        )
+    if options.tokens < options.seq_len:
+        raise ValueError(
+            f"calibration: tokens is {options.tokens}, less than one row of seq_len {options.seq_len}; set tokens to "
+            f"at least {options.seq_len}, or a smaller seq_len"
+        )
+    return options.tokens // options.seq_len
 
 
 def _refuse_heldout(text: corpus.Corpus) -> None:

@@ -1,4 +1,4 @@
-"""Text for calibration and evaluation: the built-in `stdlib` data set, .txt and .jsonl files.
+"""Text for calibration and evaluation: the built-in `stdlib` data set, .txt and .jsonl files, here or on a hub.
 
 `stdlib` is the source text of the running Python's standard library, found through sysconfig and read in place. Two
 lists of modules are set aside: HELDOUT is never trained or calibrated on (its tests and near copies are kept out of
@@ -11,6 +11,8 @@ import json
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+
+from pressd.compress.hub_text import PREFIX, SUFFIXES, fetch_text
 
 HELDOUT = (
     "argparse.py",
@@ -127,8 +129,9 @@ class Corpus:
 def load(name: str, split: str) -> Corpus:
     """Return the text called `name`: `stdlib` (splits calibration, heldout), or a path to a .txt or .jsonl file.
 
-    A .txt file is one document; each line of a .jsonl file is an object whose `text` is a document. A file has no
-    splits: it is the same text whatever split is asked for.
+    `hf:OWNER/NAME/FILE` is a file of a data set on the Hugging Face hub. A .txt file is one document; each line of a
+    .jsonl file is an object whose `text` is a document. A file has no splits: it is the same text whatever split is
+    asked for.
     Raises ValueError naming the data set and what would be accepted.
     """
     if split not in SPLITS:
@@ -138,9 +141,11 @@ def load(name: str, split: str) -> Corpus:
         if not documents:
             raise ValueError(f"data stdlib: no source files under {stdlib_root()}; give a .txt or .jsonl file instead")
         return Corpus(name=name, split=split, documents=documents)
-    path = Path(name)
-    if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"data {name!r} is not known; use `stdlib` or the path of a .txt or .jsonl file")
+    path = fetch_text(name) if name.startswith(PREFIX) else Path(name)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(
+            f"data {name!r} is not known; use `stdlib`, the path of a .txt or .jsonl file, or hf:OWNER/NAME/FILE"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -148,7 +153,7 @@ def load(name: str, split: str) -> Corpus:
     documents = (text,) if path.suffix == ".txt" else _jsonl_documents(name, text)
     if not any(document.strip() for document in documents):
         raise ValueError(f"data file {name} holds no text")
-    return Corpus(name=path.name, split=split, documents=documents)
+    return Corpus(name=name if name.startswith(PREFIX) else path.name, split=split, documents=documents)
 
 
 def stdlib_root() -> Path:

@@ -1,6 +1,6 @@
 """Rescales channels of one layer before its groups are rounded: SmoothQuant's rule, AWQ's search, or both in turn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def _search(layer: LayerPass, work: BlockWork, kind: str, plan: Plan, options: A
     mean = shared_by_heads(statistics.mean.clamp_min(1e-9), *heads) if kind == "o" else statistics.mean
     weight = work.weight(group).to(mean.device)
     scales, without, with_it = search_scales(
-        mean, statistics.gram, weight, _rounding(group, plan.dtype), steps=options.steps
+        mean, statistics.gram, weight, rounding(_packed(group), plan.dtype), steps=options.steps
     )
     work.notes[group.group.name].append(f"awq: {(with_it / without if without else 1.0):.3f} of the loss")
     if kind in NORMS:
@@ -62,9 +62,12 @@ def _search(layer: LayerPass, work: BlockWork, kind: str, plan: Plan, options: A
     layer.reload()
 
 
-def _rounding(group: GroupPlan, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Round rows [R, C] of all members to nearest, as they would be stored."""
-    specs = [spec for spec in group.specs.values() if isinstance(spec, Packed)]
+def _packed(group: GroupPlan) -> list[Packed]:
+    return [spec for spec in group.specs.values() if isinstance(spec, Packed)]
+
+
+def rounding(specs: Sequence[Packed], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Return what rounds rows [R, C] of members with `specs` to nearest, as they would be stored."""
     rows = [spec.out_features for spec in specs]
 
     def nearest(weight: Tensor) -> Tensor:

@@ -5,13 +5,13 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pressd.compress.inspect import show_totals
+from pressd.compress.inspect import show_passes, show_totals
 from pressd.compress.tables import mebibytes, table
 
 if TYPE_CHECKING:
     from pressd.compress.forecast import Forecast, GroupForecast
 
-_COLUMNS = ("group", "scheme", "shape", "bits/weight", "bytes")
+_COLUMNS = ("group", "scheme", "passes", "shape", "bits/weight", "bytes")
 
 
 def forecast_json(forecast: "Forecast") -> str:
@@ -22,6 +22,7 @@ def forecast_json(forecast: "Forecast") -> str:
         "totals": forecast.totals.model_dump(),
         "memory": dataclasses.asdict(forecast.memory),
         "time": dataclasses.asdict(forecast.time),
+        "calibration": None if forecast.calibration is None else dataclasses.asdict(forecast.calibration),
     }
     return json.dumps(fields, indent=2)
 
@@ -34,6 +35,9 @@ def show_forecast(forecast: "Forecast") -> str:
     if any(first != last for first, last, _ in runs):
         lines.append("A row of several layers gives the shape of one and the bytes of all.")
     lines.append(show_totals(forecast.totals))
+    if forecast.calibration is not None:
+        text = forecast.calibration
+        lines.append(f"calibration: {text.tokens:,} tokens of {text.data} in {text.rows:,} rows of {text.seq_len}")
     if forecast.untied_bytes:
         lines.append(f"the head is no longer the embedding: stored apart, it adds {mebibytes(forecast.untied_bytes)}")
     return "\n".join([*lines, *_estimates(forecast)])
@@ -41,14 +45,14 @@ def show_forecast(forecast: "Forecast") -> str:
 
 def _estimates(forecast: "Forecast") -> Iterator[str]:
     memory, time = forecast.memory, forecast.time
-    pressing = memory.working_bytes + memory.allocator_bytes
+    pressing = memory.working_bytes + memory.allocator_bytes + memory.library_bytes
     yield (
         f"memory: about {mebibytes(memory.process_bytes + pressing)} at most, of which pressing {mebibytes(pressing)}; "
         f"and up to {mebibytes(memory.mapped_bytes)} of the source mapped, which the system takes back when it must"
     )
     yield (
-        f"time: about {_seconds(time.compute_seconds)} s of computing on this machine, measured now on samples; and "
-        f"reading {mebibytes(time.read_bytes)}, writing {mebibytes(time.written_bytes)}"
+        f"time: about {_seconds(time.compute_seconds)} s of computing on this machine's CPU, measured now on samples; "
+        f"and reading {mebibytes(time.read_bytes)}, writing {mebibytes(time.written_bytes)}"
     )
 
 
@@ -63,11 +67,15 @@ def _runs(groups: "Sequence[GroupForecast]") -> Iterator[tuple[int | None, int |
     for group in groups:
         kind = group.name.rpartition(".")[2]
         run = open_runs.get(kind)
-        if run is None or (run[-1].scheme, run[-1].shape) != (group.scheme, group.shape):
+        if run is None or _stored(run[-1]) != _stored(group):
             run = open_runs[kind] = []
             runs.append(run)
         run.append(group)
     yield from ((_layer(run[0]), _layer(run[-1]), run) for run in runs)
+
+
+def _stored(group: "GroupForecast") -> tuple[object, ...]:
+    return group.scheme, group.passes, group.shape
 
 
 def _layer(group: "GroupForecast") -> int | None:
@@ -79,4 +87,5 @@ def _row(first: int | None, last: int | None, run: "list[GroupForecast]") -> Seq
     group = run[0]
     name = group.name if first == last else f"layers.{first}-{last}.{group.name.rpartition('.')[2]}"
     shape = " x ".join(map(str, group.shape))
-    return name, group.scheme, shape, f"{group.bits:.3f}", f"{sum(one.bytes for one in run):,}"
+    stored = f"{sum(one.bytes for one in run):,}"
+    return name, group.scheme, show_passes(group.passes), shape, f"{group.bits:.3f}", stored

@@ -8,7 +8,7 @@ from pressd.compress.report import Report
 from pressd.compress.tables import mebibytes, table
 from pressd.runtime.artifact.manifest import Manifest, PlannedGroup, Totals, read_manifest
 
-_COLUMNS = ("group", "scheme", "shape", "bits/weight", "bytes", "error")
+_COLUMNS = ("group", "scheme", "passes", "shape", "bits/weight", "bytes", "error")
 # Metrics with more digits than anybody compares.
 _DIGITS = 5
 
@@ -26,7 +26,13 @@ def read(artifact: str | Path) -> Manifest:
 
 def show(manifest: Manifest, report: Report | None) -> str:
     """Return the manifest as text: a row per fused group, then totals, what it cost and, once measured, quality."""
-    parts = [table([_COLUMNS, *(_row(group) for group in manifest.plan)]), show_totals(manifest.totals)]
+    parts = [table([_COLUMNS, *(_row(group) for group in manifest.plan)])]
+    notes = [f"{group.name}: {'; '.join(group.notes)}" for group in manifest.plan if group.notes]
+    if notes:
+        parts.append("\n".join(notes))
+    parts.append(show_totals(manifest.totals))
+    if manifest.calibration:
+        parts[-1] += f"\n{_show_calibration(manifest.calibration)}"
     if report is not None:
         parts[-1] += f"\n{_show_cost(report)}"
     if manifest.quality:
@@ -45,6 +51,11 @@ def show_totals(totals: Totals) -> str:
     return f"{totals.params:,} parameters, {sizes}{bpw}"
 
 
+def show_passes(passes: Sequence[str]) -> str:
+    """Return the passes of a group in one cell."""
+    return " ".join(passes) or "-"
+
+
 def show_quality(quality: dict[str, object]) -> str:
     """Return a measurement as a table of metric, value and standard error."""
     errors, data = quality["stderr"], quality["data"]
@@ -60,6 +71,12 @@ def show_quality(quality: dict[str, object]) -> str:
     return "\n\n".join([shown, *show_more(quality)])
 
 
+def _show_calibration(found: dict[str, object]) -> str:
+    """Which text was looked at; a manifest may come from elsewhere, so every key may be missing."""
+    tokens, data, seq_len, seed = (found.get(key, "?") for key in ("tokens", "data", "seq_len", "seed"))
+    return f"calibrated on {tokens} tokens of {data} in rows of {seq_len}, seed {seed}"
+
+
 def _show_cost(report: Report) -> str:
     cost, machine = report.cost, report.machine
     energy = "" if cost.joules is None else f", {cost.joules:.0f} J of the processors"
@@ -72,4 +89,4 @@ def _show_cost(report: Report) -> str:
 def _row(group: PlannedGroup) -> Sequence[str]:
     shape = " x ".join(map(str, group.shape))
     note = f"{group.error:.2%}" if group.fallback is None else f"{group.error:.2%} (fallback: {group.fallback})"
-    return group.name, group.scheme, shape, f"{group.bits:.3f}", f"{group.bytes:,}", note
+    return group.name, group.scheme, show_passes(group.passes), shape, f"{group.bits:.3f}", f"{group.bytes:,}", note

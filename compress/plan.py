@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from pressd.compress.group_plan import GroupPlan
-from pressd.compress.pass_options import Static
+from pressd.compress.pass_options import Gptq, Round, Static
 from pressd.compress.planned_passes import check_passes, passes_of
 from pressd.compress.recipe import KEEP, Recipe, Rule
 from pressd.runtime.artifact.families import EMBED, LM_HEAD, Block, FusedGroup, ModelMap, describe
@@ -46,7 +46,13 @@ class Plan:
     @property
     def reads_text(self) -> bool:
         """Whether any pass needs to see what runs through the model."""
-        return any(options.reads_text for options in self.recipe.passes)
+        return self.recipe.reads_text
+
+    @property
+    def runs_source(self) -> bool:
+        """Whether the source runs beside what is pressed, for passes that compare with it."""
+        gptq = self.recipe.pass_of(Gptq)
+        return (gptq is not None and gptq.correct) or self.recipe.pass_of(Round) is not None
 
     def passes_of(self, group: GroupPlan) -> tuple[str, ...]:
         """Return the names of the passes that a group goes through, in their order."""

@@ -6,9 +6,19 @@ from pressd.compress.group_plan import GroupPlan
 from pressd.compress.pass_options import Awq, Gptq, Round, Rtn, Smooth, Static
 from pressd.compress.recipe import Recipe
 from pressd.runtime.artifact.families import LM_HEAD
+from pressd.runtime.artifact.schemes import Scheme
 
 # What smooth can move size into: groups behind a norm.
 _BEHIND_NORMS = ("qkv", "gate_up")
+
+
+def default_passes(scheme: Scheme) -> tuple[str, ...]:
+    """Return the names of the passes that suit a scheme which comes without any.
+
+    GPTQ for single weights in few bits, the measuring of activations where these are static; nothing for the rest.
+    """
+    rounding = ("gptq",) if scheme.is_plain and not scheme.is_dense else ()
+    return (*rounding, "static") if scheme.static_activations else rounding
 
 
 def passes_of(group: GroupPlan, recipe: Recipe) -> tuple[str, ...]:

@@ -75,10 +75,10 @@ def compress(
 ) -> Manifest:
     """Press the checkpoint `source` into the directory `out`, and return its manifest.
 
-    `recipe` is a scheme's name (rounded to nearest), a path to a .toml file, or a recipe that has been read. `out`
-    appears complete or not at all. `resume` goes on with a run for `out` that was killed, if there is one; the bytes
-    are those of a run that was not. `rows` are used in place of the recipe's calibration text. `devices` share the
-    calibration rows. `command` is kept in the report.
+    `recipe` is a scheme's name (no passes: rounded to nearest, no text is read), a path to a .toml file, or a recipe
+    that has been read. `out` appears complete or not at all. `resume` goes on with a run for `out` that was killed, if
+    there is one; the bytes are those of a run that was not. `rows` are used in place of the recipe's calibration text.
+    `devices` share the calibration rows. `command` is kept in the report.
 
     Raises ValueError naming what is wrong, before anything is written if it can be known from headers.
     """

@@ -51,7 +51,7 @@ def press_group(
     assert statistics.gram is not None
     with clock.step("gptq" if gptq else "rtn"):
         device = statistics.gram.device
-        found = quantise(weight.to(device), specs, statistics, gptq, clip=_clips(plan), dtype=plan.dtype)
+        found = quantise(weight.to(device), specs, statistics, gptq, clip=clips(plan), dtype=plan.dtype)
         decision = Decision(group=group, weight=weight, quantised=found, input_scale=input_scale)
         decision.store(work)
     return decision
@@ -88,7 +88,7 @@ def _press_alone(work: BlockWork, group: GroupPlan, input_scale: Tensor | None, 
     )
 
 
-def _clips(plan: Plan) -> bool:
+def clips(plan: Plan) -> bool:
     """Whether the ends of grids are searched; a pass that says nothing of it leaves them at the largest weight."""
     return any(options.clip for options in (plan.recipe.pass_of(Gptq), plan.recipe.pass_of(Awq)) if options)
 

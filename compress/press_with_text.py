@@ -8,7 +8,6 @@ from pressd.compress.block_work import BlockWork
 from pressd.compress.calibration import CalibrationRows
 from pressd.compress.cost import Clock
 from pressd.compress.encoding import decode
-from pressd.compress.pass_options import Gptq, Round
 from pressd.compress.plan import BlockPlan, Plan
 from pressd.compress.press_block import Pressed, dense_tensor, named
 from pressd.compress.press_group import collect, describe, press_group
@@ -40,8 +39,7 @@ class TextPresser:
             for device in devices
         ]
         self._streams: list[Stream] = []
-        gptq = plan.recipe.pass_of(Gptq)
-        self._compares = (gptq is not None and gptq.correct) or plan.recipe.pass_of(Round) is not None
+        self._compares = plan.runs_source
         self._source_streams: list[Stream] = []
 
     @torch.no_grad()

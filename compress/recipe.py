@@ -1,7 +1,10 @@
 """The recipe: which fused group gets which scheme, by which passes, and how good the result must be. No torch."""
 
+import dataclasses
+import json
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -99,6 +102,11 @@ class Recipe:
     passes: tuple[PassOptions, ...] = ()
     calibration: Calibration = field(default_factory=Calibration)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether any pass needs to see what runs through the model."""
+        return any(options.reads_text for options in self.passes)
+
     def pass_of(self, kind: type[P]) -> P | None:
         """Return the options of a pass, None if the recipe does not use it."""
         return next((options for options in self.passes if isinstance(options, kind)), None)
@@ -113,10 +121,32 @@ def read_recipe(path: Path) -> Recipe:
     return parse_recipe(text, f"recipe {path}")
 
 
-def recipe_of_scheme(scheme: str, passes: tuple[str, ...] = ()) -> Recipe:
-    """Return the recipe that gives every linear of the decoder's layers one scheme, by passes of these names."""
-    named = "".join(f'[[pass]]\nuse = "{name}"\n' for name in passes)
-    return parse_recipe(f'{named}[scheme]\n"*" = "{scheme}"\n', f"scheme {scheme}")
+def recipe_of_scheme(
+    scheme: str, passes: tuple[str, ...] = (), calibration: Mapping[str, str | int] | None = None
+) -> Recipe:
+    """Return the recipe that gives every linear of the decoder's layers one scheme, by passes of these names.
+
+    `calibration` are the keys of its section that are not what they are by default.
+    """
+    keys = "".join(f"{key} = {_toml(value)}\n" for key, value in (calibration or {}).items())
+    section = f"[calibration]\n{keys}" if keys else ""
+    named = "".join(f"[[pass]]\nuse = {_toml(name)}\n" for name in passes)
+    return parse_recipe(f'{section}{named}[scheme]\n"*" = "{scheme}"\n', f"scheme {scheme}")
+
+
+def with_calibration(recipe: Recipe, changes: Mapping[str, str | int]) -> Recipe:
+    """Return the recipe with other keys of its calibration; its text stays what the user wrote."""
+    try:
+        calibration = Calibration.model_validate(recipe.calibration.model_dump() | dict(changes))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(_mistake(("calibration", *first["loc"]), first["type"], first["msg"])) from None
+    return dataclasses.replace(recipe, calibration=calibration)
+
+
+def _toml(value: str | int) -> str:
+    """A value as TOML writes it, whose strings are JSON's where these need no surrogates."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def parse_recipe(text: str, where: str) -> Recipe:

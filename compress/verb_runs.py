@@ -14,7 +14,6 @@ from pressd.compress.progress import ProgressLine
 
 if TYPE_CHECKING:
     from pressd.compress.press import BlockDone
-    from pressd.compress.recipe import Recipe
     from pressd.compress.spending import Factors
 
 GATE_MISSED = 3
@@ -22,48 +21,84 @@ GATE_MISSED = 3
 
 def run_compress(args: argparse.Namespace) -> int:
     """Press, then say what came out."""
+    from pressd.compress.chosen_recipe import source_and_recipe
+    from pressd.compress.devices import chosen_devices
     from pressd.compress.inspect import show_totals
     from pressd.compress.press import compress
     from pressd.compress.report import read_report
     from pressd.compress.spending import show_spent, spent
-    from pressd.compress.staging import leftovers
-    from pressd.runtime.artifact.manifest import is_artifact
+    from pressd.compress.staging import kept
 
     factors = _factors(args)
     factors.check()
-    source, recipe = _source_and_recipe(args)
+    source, recipe = source_and_recipe(args)
+    devices = chosen_devices(args.device, reads_text=recipe.reads_text)
     progress = ProgressLine()
 
     def tell(block: "BlockDone") -> None:
-        progress.tell(block.block, block.done, block.total)
+        progress.tell(f"{block.block} (resumed)" if block.was_done else block.block, block.done, block.total)
 
-    for path in leftovers(Path(args.out)):
-        what = "what was there before is in it" if is_artifact(path) else "it can be removed"
-        sys.stderr.write(f"note: {path} is left from a run that was killed; {what}\n")
-    manifest = compress(source, recipe, args.out, overwrite=args.overwrite, progress=tell, command=args.command)
+    out = Path(args.out)
+    _tell_leftovers(out, resume=args.resume)
+    try:
+        manifest = compress(
+            source,
+            recipe,
+            out,
+            overwrite=args.overwrite,
+            resume=args.resume,
+            devices=devices,
+            progress=tell,
+            command=args.command,
+        )
+    except KeyboardInterrupt:
+        left = kept(out)
+        if left is not None:
+            sys.stderr.write(f"\n{left} keeps what is finished; the same command with --resume goes on with it\n")
+        raise
     _say(manifest.to_json() if args.json else f"{args.out}: {show_totals(manifest.totals)}\n")
     if factors.are_told:
-        report = read_report(Path(args.out))
+        report = read_report(out)
         assert report is not None
         sys.stderr.write(f"{show_spent(spent(report.cost.wall_seconds, report.cost.joules, factors))}\n")
     return 0
+
+
+def _tell_leftovers(out: Path, *, resume: bool) -> None:
+    """Say what killed runs have left beside `out`, and what can be done about it."""
+    from pressd.compress.staging import leftovers, unfinished
+    from pressd.runtime.artifact.manifest import is_artifact
+
+    begun = unfinished(out)
+    if resume:
+        sys.stderr.write(f"going on with {begun}\n" if begun else "note: there is nothing to resume; pressing anew\n")
+    for path in leftovers(out):
+        what = "what was there before is in it" if is_artifact(path) else "it can be removed"
+        if path == begun:
+            if resume:
+                continue
+            what = "--resume goes on with it, or it can be removed"
+        sys.stderr.write(f"note: {path} is left from a run that was killed; {what}\n")
 
 
 def run_plan(args: argparse.Namespace) -> int:
     """Say what pressing would give and take."""
     import psutil
 
+    from pressd.compress.chosen_recipe import source_and_recipe
     from pressd.compress.forecast import make_forecast
     from pressd.compress.forecast_text import forecast_json, show_forecast
     from pressd.compress.plan import make_plan
     from pressd.compress.rates import measure
+    from pressd.compress.text_rates import measure_text
     from pressd.runtime.artifact.reader import Checkpoint
 
-    source, recipe = _source_and_recipe(args)
+    source, recipe = source_and_recipe(args)
     checkpoint = Checkpoint.open(source)
     plan = make_plan(checkpoint, recipe)
     process_bytes = psutil.Process().memory_info().rss
-    forecast = make_forecast(checkpoint, plan, measure(plan, checkpoint.torch_dtype), process_bytes)
+    text_rates = measure_text(plan) if plan.reads_text else None
+    forecast = make_forecast(checkpoint, plan, measure(plan, checkpoint.torch_dtype), process_bytes, text_rates)
     _say((forecast_json(forecast) if args.json else show_forecast(forecast)) + "\n")
     for line in () if args.json else forecast.warnings:
         sys.stderr.write(f"warning: {line}\n")
@@ -156,17 +191,6 @@ def _factors(args: argparse.Namespace) -> "Factors":
     from pressd.compress.spending import Factors
 
     return Factors(grid_gco2_per_kwh=args.grid_gco2_per_kwh, price_per_hour=args.price_per_hour)
-
-
-def _source_and_recipe(args: argparse.Namespace) -> "tuple[str, Recipe]":
-    from pressd.compress.recipe import read_recipe, recipe_of_scheme
-    from pressd.runtime.artifact.schemes import parse_scheme
-
-    recipe = recipe_of_scheme(parse_scheme(args.scheme).name) if args.recipe is None else read_recipe(Path(args.recipe))
-    source = args.source or recipe.source
-    if source is None:
-        raise ValueError("there is no source; give SOURCE, or `source` in the recipe")
-    return source, recipe
 
 
 def _say(text: str) -> None:

@@ -24,6 +24,13 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     parser.description = "Press the dense checkpoint SOURCE into OUT. OUT appears complete or not at all."
     parser.add_argument("-o", "--out", required=True, metavar="OUT", help="directory to make")
     _add_source_and_recipe(parser)
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICES",
+        help="where text is run through the model: auto (all GPUs, else the CPU), cpu, cuda, or cuda:0,cuda:1",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with a run for OUT that was interrupted")
     parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is at OUT")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
     _add_factors(parser)
@@ -45,7 +52,22 @@ def _add_source_and_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", nargs="?", help="Hugging Face directory (may be in the recipe)")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("-s", "--scheme", help="one scheme for every linear, such as w4a16g128, w8a8, bf16")
-    how.add_argument("--recipe", metavar="FILE", help="TOML file: schemes per group, gates")
+    how.add_argument("--recipe", metavar="FILE", help="TOML file: schemes per group, passes, calibration, gates")
+    parser.add_argument(
+        "--pass",
+        dest="passes",
+        metavar="NAME[,NAME]",
+        type=_names,
+        help="with -s: what presses, such as rtn (reads no text) or awq,gptq; default: gptq for integers and 8-bit "
+        "floats, static as well where activations are, else none",
+    )
+    text = parser.add_argument_group("calibration text", "for passes that read some; each replaces a recipe's own")
+    text.add_argument(
+        "--calibration", metavar="DATA", help="stdlib (default), FILE.txt, FILE.jsonl or hf:OWNER/NAME/FILE.jsonl"
+    )
+    text.add_argument("--tokens", metavar="N", type=int, help="how many to read (default: 65536)")
+    text.add_argument("--seq-len", metavar="N", type=int, help="tokens per row (default: 512)")
+    text.add_argument("--seed", metavar="N", type=int, help="chooses the rows (default: 0)")
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +78,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("artifact", metavar="DIR")
     parser.add_argument("--against", metavar="SOURCE", help="default: the checkpoint that DIR was pressed from")
-    parser.add_argument("--data", default="stdlib", help="stdlib (held-out part), or a .txt or .jsonl file")
+    parser.add_argument("--data", default="stdlib", help="stdlib (held-out part), a .txt or .jsonl file, or hf:...")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="default: %(default)s")
     parser.add_argument("--seq-len", type=int, default=SEQ_LEN, help="tokens per row; default: %(default)s")
     parser.add_argument(

@@ -25,12 +25,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pressd.client import AsyncClient, CallError, Client
 from pressd.compress import compress
+from pressd.compress.recipe import recipe_of_scheme
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "examples" / "pylm"
 OUT = ROOT / "build" / "demo"
 PRESSD = Path(sys.executable).with_name("pressd")
 DENSE, SCHEMES, STREAMED = "bf16", ("w8a8", "w4a16g128"), "w4a16g128"
+# As `pressd compress -s` does, on an eighth of the text: enough for a model of this size.
+PASSES, CALIBRATION_TOKENS = ("gptq",), 8192
 PROMPTS = {"A": "def read_config(path):", "B": "class Queue:\n    def __init__(self, maxsize=0):"}
 # One seed draws one noise whatever the model: texts part where a model's own preference changes, not by chance.
 NEW_TOKENS, TEMPERATURE, SEED = 64, 0.6, 1
@@ -102,7 +105,8 @@ def press(scheme: str, tokens: int) -> tuple[Pressed, float]:
     """Press the source, then measure the result with `pressd eval`; returns the source's perplexity as well."""
     began = time.monotonic()
     path = OUT / scheme
-    totals = compress(SOURCE, scheme, path).totals
+    recipe = recipe_of_scheme(scheme, PASSES, {"tokens": CALIBRATION_TOKENS})
+    totals = compress(SOURCE, recipe, path).totals
     assert totals.bpw is not None
     print(
         f"  {totals.dense_bytes / MIB:.1f} MiB -> {totals.bytes / MIB:.1f} MiB in {time.monotonic() - began:.1f} s; "

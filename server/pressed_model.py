@@ -25,6 +25,8 @@ from pressd.runtime.artifact.manifest import read_manifest
 log = logging.getLogger("pressd.press")
 
 PROGRAM = ("-m", "pressd.server.press_process")
+# A start waits for it, and the model may have no tokenizer: to nearest, without text.
+HOW = ("--pass", "rtn")
 # How a verb says what went wrong.
 _FAILURE = "pressd compress: "
 # Of a file that is larger than all samples, so many bytes at so many places tell it from others of its size.
@@ -149,7 +151,7 @@ def _remove_remains(out: Path) -> None:
 def _press(source: Path, scheme: str, out: Path, lock: IO[bytes]) -> None:
     """Press in a process of its own; raises PressError with its last words."""
     log.info("pressing", extra={"source": str(source), "scheme": scheme, "path": str(out)})
-    command = [sys.executable, *PROGRAM, str(source.resolve()), "--scheme", scheme, "--out", str(out)]
+    command = [sys.executable, *PROGRAM, str(source.resolve()), "--scheme", scheme, *HOW, "--out", str(out)]
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

@@ -95,7 +95,9 @@ def test_paths_exist(document: Path) -> None:
     }
     assert missing <= {
         "pressd/",
+        "pressd/journal.jsonl",
         "pressd/manifest.json",
+        "pressd/recipe.toml",
         "pressd/report.json",
         "pressd/report.html",
     }  # which are in artifacts

@@ -121,7 +121,7 @@ def test_unreadable_and_unknown_data_is_refused(tmp_path: Path) -> None:
     for name in ("latin.txt", "absent.txt"):
         with pytest.raises(ValueError, match=rf"{name}: cannot be read"):
             corpus.load(str(tmp_path / name), "heldout")
-    with pytest.raises(ValueError, match=r"'wikitext' is not known; use `stdlib` or the path of a \.txt or \.jsonl"):
+    with pytest.raises(ValueError, match=r"'wikitext' is not known; use `stdlib`, the path of a \.txt or \.jsonl"):
         corpus.load("wikitext", "heldout")
     with pytest.raises(ValueError, match="'training' does not exist; choose one of calibration, heldout"):
         corpus.load("stdlib", "training")

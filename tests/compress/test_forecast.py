@@ -46,7 +46,7 @@ def test_sizes_are_what_pressing_writes(
     manifest = compress(path, recipe_of(rules), tmp_path / "out")
     assert forecast.totals == manifest.totals
     for ours, stored in zip(forecast.groups, manifest.plan, strict=True):
-        for field in ("name", "members", "scheme", "shape", "bits", "bytes"):
+        for field in ("name", "members", "scheme", "passes", "shape", "bits", "bytes"):
             assert getattr(ours, field) == getattr(stored, field)
     assert forecast.time.written_bytes == manifest.totals.bytes
 
@@ -175,16 +175,22 @@ def test_alike_layers_share_a_row(one_billion: Path) -> None:
 
 def test_the_object_has_all_of_it(tiny_llama: Path) -> None:
     found = json.loads(forecast_json(forecast_of(tiny_llama, "w2a16g32")))
-    assert found.keys() == {"source", "groups", "totals", "untied_bytes", "memory", "time", "warnings"}
+    assert found.keys() == {
+        *("source", "groups", "totals", "untied_bytes", "memory", "time", "warnings", "calibration")
+    }
+    assert found["calibration"] is None
     assert found["groups"][1] == {
         "name": "layers.0.qkv",
         "members": [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"],
         "scheme": "w2a16g32",
+        "passes": ["rtn"],
         "shape": [128, 64],
         # Two bits and a float32 scale for 32 weights, and for each member its shape in two int64.
         "bits": 2 + 32 / 32 + 3 * 128 / (128 * 64),
         "bytes": 128 * 64 * 3 // 8 + 3 * 16,
     }
-    assert found["memory"].keys() == {"process_bytes", "working_bytes", "allocator_bytes", "mapped_bytes"}
-    assert found["time"].keys() == {"compute_seconds", "read_bytes", "written_bytes", "rates"}
+    assert found["memory"].keys() == {
+        *("process_bytes", "working_bytes", "allocator_bytes", "mapped_bytes", "library_bytes")
+    }
+    assert found["time"].keys() == {"compute_seconds", "read_bytes", "written_bytes", "rates", "text_rates"}
     assert len(found["warnings"]) == 1

@@ -248,10 +248,10 @@ def test_what_was_typed_passes_and_energy_are_shown(manifest: Manifest) -> None:
 
 def test_the_command_line_is_recorded(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "with space"
-    assert cli.main(["compress", str(tiny_llama), "-o", str(out), "-s", "w8a8"]) == 0
+    assert cli.main(["compress", str(tiny_llama), "-o", str(out), "-s", "w8a8", "--pass", "rtn"]) == 0
     report = read_report(out)
     assert report is not None
-    assert report.command == f"pressd compress {tiny_llama} -o '{out}' -s w8a8"
+    assert report.command == f"pressd compress {tiny_llama} -o '{out}' -s w8a8 --pass rtn"
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,7 @@ def test_pressed_model_tells_what_was_done_to_it(
 ) -> None:
     pressed = tmp_path / "pressed"
     command = [sys.executable, "-m", "pressd.server.cli", "compress", str(llama), "-o", str(pressed), "-s", "w8a16"]
+    command += ["--pass", "rtn"]  # which `methods` below names
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     manifest = pressed / "pressd/manifest.json"
     measured = {"kl_mean": 0.25, "top1_agreement": 0.75, "data": {"name": "stdlib"}}  # as `pressd eval` leaves it
