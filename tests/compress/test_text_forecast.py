@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pressd.compress import text_memory
 from pressd.compress.forecast import TEXT_LIBRARY_BYTES, make_forecast
 from pressd.compress.forecast_text import show_forecast
 from pressd.compress.plan import Plan, make_plan
@@ -172,8 +173,14 @@ def test_a_process_grows_by_what_was_estimated(
     assert working > 150 << 20
 
 
-def test_what_the_allocator_keeps_is_bounded_by_what_is_small(tiny_llama: Path) -> None:
+def test_what_is_too_large_for_the_heap_is_not_kept(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(tiny_llama, recipe_of_scheme("w4a16g32", ("gptq",)))
     config = decoder_config(Checkpoint.open(tiny_llama))
     memory = TextMemory(plan=plan, config=config, source=plan.dtype, rows=4, seq_len=128)
     assert memory.kept_bytes() == memory.peak_bytes()
+    monkeypatch.setattr(text_memory, "_LARGEST_ON_HEAP", 4 * 160**2 - 1)  # the gram of down is larger
+    # Both streams, both sides of a layer, and what is stored of it stay in pieces.
+    layer = plan.blocks[1]
+    numbers = sum(rows * columns for rows, columns, _ in GROUPS)
+    stored = sum(group.stored_bytes(plan.dtype) for group in layer.groups)
+    assert memory.kept_bytes() == 4 * (2 * 512 * 64 + 2 * numbers) + stored
