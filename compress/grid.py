@@ -76,6 +76,11 @@ class Columns:
         zero = None if self.zero_point is None else self.zero_point[index]  # type: ignore[index]
         return dataclasses.replace(self, scale=self.scale[index], zero_point=zero)  # type: ignore[index]
 
+    def transposed(self) -> "Columns":
+        """Return the levels for weights [C, R], each column in one piece."""
+        zero = None if self.zero_point is None else self.zero_point.T.contiguous()
+        return dataclasses.replace(self, scale=self.scale.T.contiguous(), zero_point=zero)
+
     def codes(self, weight: Tensor) -> Tensor:
         """Return the nearest codes of weights, as float."""
         codes = weight / self.scale

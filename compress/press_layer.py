@@ -32,7 +32,8 @@ def press_layer(
     random about tuning. Raises ValueError if inputs are not finite.
     """
     pressed: dict[str, Decision | PlannedGroup] = {}
-    begun = [stream.x for stream in layer.streams]
+    options = plan.recipe.pass_of(Round)
+    begun = [] if options is None else [stream.x for stream in layer.streams]
     gptq = plan.recipe.pass_of(Gptq)
     compared = source if gptq is not None and gptq.correct else None
     for kind in GROUP_KINDS:
@@ -43,7 +44,9 @@ def press_layer(
                     equalise(layer, work, kind, plan)
             theirs = None if compared is None else _beside(layer, compared, kind, work.divisor(group))
             statistics = collect(layer.inputs(kind), layer.num_lanes, group, clock, theirs)
-            pressed[kind] = press_group(work, group, statistics, plan, clock)
+            decided = press_group(work, group, statistics, plan, clock)
+            # What nobody will change any more need not be held.
+            pressed[kind] = describe(decided, work, plan) if options is None else decided
         if kind == "qkv" and work.plan.kv_scales:
             with clock.step("static"):
                 _measure_kv(layer, work, plan)
@@ -51,10 +54,9 @@ def press_layer(
             layer.advance(kind)
             if source is not None:
                 source.advance(kind)
-    options = plan.recipe.pass_of(Round)
     if options is not None and source is not None:
         with clock.step("round"):
-            pressed |= _tune(layer, source, begun, pressed, work, options, seed)
+            pressed |= _tune(layer, source, begun, pressed, work, options, seed, leans=gptq is None)
     return [describe(one, work, plan) for one in pressed.values()]
 
 
@@ -66,10 +68,12 @@ def _tune(
     work: BlockWork,
     options: Round,
     seed: int,
+    *,
+    leans: bool,
 ) -> dict[str, Decision]:
     """Tune what can be, and go through the layer once more with what came out."""
     decisions = {kind: one for kind, one in pressed.items() if isinstance(one, Decision)}
-    tuned, part = tune(layer, begun, source.streams, decisions, options, seed)
+    tuned, part = tune(layer, begun, source.streams, decisions, options, seed, leans=leans)
     for kind, decision in tuned.items():
         work.notes[decision.group.group.name].append(f"round: {part:.3f} of the layer's squared error")
         if decision is not decisions[kind]:

@@ -87,12 +87,6 @@ def unfinished(out: Path) -> Path | None:
     return max(found, key=lambda path: (path / FOLDER / JOURNAL).stat().st_mtime_ns, default=None)
 
 
-def kept(out: Path) -> Path | None:
-    """Return the work for `out` that this very process has left and that can be taken up, None if there is none."""
-    partial = _sibling(out, _PARTIAL)
-    return partial if has_begun(partial) else None
-
-
 def sweep(folder: Path) -> None:
     """Remove files that were being written when their process was killed: hidden ones, named for their place."""
     for path in folder.glob(".*"):

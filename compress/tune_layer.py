@@ -60,21 +60,21 @@ def tune(
     decisions: Mapping[str, Decision],
     options: Round,
     seed: int,
+    *,
+    leans: bool,
 ) -> tuple[dict[str, Decision], float]:
     """Return better decisions for groups by kind, and the layer's squared error with them as a part of what it was.
 
     `inputs` are the streams before the layer, [T, H] each, and `targets` the source's streams after it. What is not
-    better over all tokens is not taken: the part is 1 then, and the decisions are the ones that were given.
+    better over all tokens is not taken: the part is 1 then, and the decisions are the ones that were given. Without
+    `leans` codes stay, and scales alone are tuned.
     """
     tuned = {kind: decision for kind, decision in decisions.items() if can_be_learnt(decision.quantised.grid)}
     if not tuned:
         return dict(decisions), 1.0
     lane = layer.streams[0].lane
     device = lane.device
-    latent = {
-        kind: LatentWeight(one.weight.to(device), one.quantised.grid.to(device), one.quantised.codes.to(device))
-        for kind, one in tuned.items()
-    }
+    latent = {kind: _latent(one, device, leans=leans) for kind, one in tuned.items()}
     linears = {
         kind: LearningLinear(weight=weight.value, decision=tuned[kind], bias=layer.bias(kind, lane))
         for kind, weight in latent.items()
@@ -89,6 +89,11 @@ def tune(
     if not after < before:
         return dict(decisions), 1.0
     return dict(decisions) | {kind: tuned[kind].moved_to(*latent[kind].rounded()) for kind in tuned}, after / before
+
+
+def _latent(decision: Decision, device: torch.device, *, leans: bool) -> LatentWeight:
+    quantised = decision.quantised
+    return LatentWeight(decision.weight.to(device), quantised.grid.to(device), quantised.codes.to(device), leans=leans)
 
 
 class _RowsOfText:

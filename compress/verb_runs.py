@@ -27,7 +27,7 @@ def run_compress(args: argparse.Namespace) -> int:
     from pressd.compress.press import compress
     from pressd.compress.report import read_report
     from pressd.compress.spending import show_spent, spent
-    from pressd.compress.staging import kept
+    from pressd.compress.staging import unfinished
 
     factors = _factors(args)
     factors.check()
@@ -52,7 +52,7 @@ def run_compress(args: argparse.Namespace) -> int:
             command=args.command,
         )
     except KeyboardInterrupt:
-        left = kept(out)
+        left = unfinished(out)
         if left is not None:
             sys.stderr.write(f"\n{left} keeps what is finished; the same command with --resume goes on with it\n")
         raise

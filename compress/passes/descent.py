@@ -26,25 +26,25 @@ def descend(weight: Tensor, gram: Tensor, levels: Columns, codes: Tensor) -> Ten
 
     GPTQ never looks back at a column, this does (Behdin et al. 2023, https://arxiv.org/abs/2309.01885).
     """
-    codes, values = codes.clone(), levels.values(codes)
-    pull = (values - weight) @ gram
-    energy = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)
-    order = gram.diagonal().argsort(descending=True, stable=True)
-    columns = order[gram.diagonal()[order] > 0].tolist()
+    # Transposed, so that a column is one piece of memory.
+    levels, moving = levels.transposed(), codes.T.contiguous()
+    values = levels.values(moving)
+    pull = gram @ (values - weight.T)
+    energy = gram.diagonal()
+    order = energy.argsort(descending=True, stable=True)
+    columns = order[energy[order] > 0].tolist()
     for start in range(0, len(columns), _BLOCK):
         block = columns[start : start + _BLOCK]
-        own, inner = pull[:, block], gram[block][:, block]
-        moved = torch.zeros_like(own)
+        own, inner = pull[block], gram[block][:, block]
+        moved = torch.empty_like(own)
         for index, column in enumerate(block):
-            part = levels[:, column]
-            wanted = part.codes(values[:, column] - own[:, index] / energy[column])
-            change = part.values(wanted) - values[:, column]
-            codes[:, column] = wanted
-            values[:, column] += change
-            own += torch.outer(change, inner[index])
-            moved[:, index] = change
-        pull += moved @ gram[block]
-    return codes
+            part = levels[column]
+            moving[column] = part.codes(values[column] - own[index] / energy[column])
+            torch.sub(part.values(moving[column]), values[column], out=moved[index])
+            values[column] += moved[index]
+            own[index + 1 :].addr_(inner[index, index + 1 :], moved[index])
+        pull += gram[:, block] @ moved
+    return moving.T.contiguous()
 
 
 def rescale(weight: Tensor, gram: Tensor, grid: Grid, codes: Tensor) -> Grid:

@@ -84,16 +84,20 @@ def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
 
 
 def _sweep(weight: Tensor, upper: Tensor, levels: Columns) -> Tensor:
-    """Round the columns from left to right; what is not exact moves on into those to the right."""
-    num_columns = weight.size(1)
-    codes = torch.empty_like(weight)
+    """Round the columns from left to right; what is not exact moves on into those to the right.
+
+    Transposed, so that a column is one piece of memory.
+    """
+    columns, levels = weight.T.contiguous(), levels.transposed()
+    num_columns = columns.size(0)
+    codes = torch.empty_like(columns)
     for start in range(0, num_columns, BLOCK):
         end = min(start + BLOCK, num_columns)
-        errors = torch.empty(weight.size(0), end - start, dtype=weight.dtype, device=weight.device)
+        errors = torch.empty_like(columns[start:end])
         for column in range(start, end):
-            part, own = levels[:, column], weight[:, column]
-            codes[:, column] = part.codes(own)
-            errors[:, column - start] = (own - part.values(codes[:, column])) / upper[column, column]
-            weight[:, column + 1 : end] -= torch.outer(errors[:, column - start], upper[column, column + 1 : end])
-        weight[:, end:] -= errors @ upper[start:end, end:]
-    return codes
+            part, own = levels[column], columns[column]
+            codes[column] = part.codes(own)
+            errors[column - start] = (own - part.values(codes[column])) / upper[column, column]
+            columns[column + 1 : end].addr_(upper[column, column + 1 : end], errors[column - start], alpha=-1)
+        columns[end:] -= upper[start:end, end:].T @ errors
+    return codes.T

@@ -115,7 +115,7 @@ def test_rows_that_cannot_be(tiny_llama: Path, text: Path, wanted: dict[str, int
         ("latin1.txt", "Süßigkeit".encode("latin-1"), "latin1.txt: cannot be read"),
         ("no.jsonl", b'{"text": ""}\n{"text": "  "}\n', "no.jsonl holds no text"),
         ("other.jsonl", b'{"body": "x"}\n', "other.jsonl, line 1: needs an object with a string `text`"),
-        ("text.csv", b"x", "is not known; use `stdlib` or the path of a .txt or .jsonl file"),
+        ("text.csv", b"x", "is not known; use `stdlib`, the path of a .txt or .jsonl file, or hf:"),
     ],
 )
 def test_files_that_are_no_text(tiny_llama: Path, tmp_path: Path, name: str, content: bytes, message: str) -> None:
