@@ -118,12 +118,15 @@ def fit(weight: Tensor, spec: Packed, dtype: torch.dtype) -> Grid:
 def search(weight: Tensor, spec: Packed, dtype: torch.dtype, importance: Tensor | None = None) -> Grid:
     """Return the grid whose rounding to nearest loses least of weight [R, C], of those drawn in by up to 60 %.
 
-    Errors count by `importance` float32 [C] (squares), or all alike with the exponent SEARCH_NORM.
+    Errors count by `importance`, float32: of columns [C], or, errors of one group together, of their products
+    [G, C / G, C / G]; without one all alike with the exponent SEARCH_NORM.
     """
     assert spec.block_size is None, "rows of a block have no grid of their own to search"
     groups = _groups(weight, spec)
     low, high = _ends(groups)
-    counts = None if importance is None else importance.reshape(groups.size(1), -1)
+    counts = importance
+    if importance is not None and importance.dim() == 1:
+        counts = importance.reshape(groups.size(1), -1)
     best = fit(weight, spec, dtype)
     least = _loss(groups, best, counts)
     for shrink in torch.linspace(1.0, _SHRINK_FROM, _SHRINK_STEPS).tolist():
@@ -174,8 +177,12 @@ def _groups(weight: Tensor, spec: Packed) -> Tensor:
 def _loss(groups: Tensor, grid: Grid, counts: Tensor | None) -> Tensor:
     zero = None if grid.zero_point is None else grid.zero_point.unsqueeze(-1)
     levels = Columns(spec=grid.spec, scale=grid.scale.unsqueeze(-1), zero_point=zero)
-    lost = levels.nearest(groups).sub_(groups).abs_()
-    return lost.pow_(SEARCH_NORM).sum(-1) if counts is None else lost.square_().mul_(counts).sum(-1)
+    lost = levels.nearest(groups).sub_(groups)
+    if counts is None:
+        return lost.abs_().pow_(SEARCH_NORM).sum(-1)
+    if counts.dim() == 2:
+        return lost.square_().mul_(counts).sum(-1)
+    return torch.einsum("rgi,gij->rgj", lost, counts).mul_(lost).sum(-1)
 
 
 def _choose(where: Tensor, one: Grid, other: Grid) -> Grid:

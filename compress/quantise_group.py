@@ -53,7 +53,7 @@ def quantise(
 ) -> Quantised:
     """Round weight float32 [R, C], the rows of members with `specs`, by GPTQ or (options None) to nearest.
 
-    `clip` searches the ends of the grid, by the inputs' energy where rounding is to nearest.
+    `clip` searches the ends of the grid, by what the outputs of each group lose where rounding is to nearest.
     """
     gram = statistics.gram
     assert gram is not None
@@ -63,7 +63,7 @@ def quantise(
             weight = match_source(weight, gram, statistics.cross, statistics.lag, damp=options.damp)
         except SingularError:
             options, fallback = None, _SINGULAR
-    importance = None if options is not None else gram.diagonal()
+    importance = None if options is not None else _importance(gram, specs[0])
     levels = _grid(weight, specs, dtype, clip=clip, importance=importance)
     columns = levels.by_column()
     notes: tuple[str, ...] = ()
@@ -98,6 +98,14 @@ def encode_members(quantised: Quantised, specs: list[Packed], input_scale: Tenso
         tensors = encode(codes, scale.to(grid.dtype).contiguous(), spec, zero_point=zero, input_scale=input_scale)
         stored.append(tensors)
     return stored
+
+
+def _importance(gram: Tensor, spec: Packed) -> Tensor:
+    """How errors count where each weight is rounded by itself: together within a group, by their columns in a row."""
+    if spec.group_size is None:
+        return gram.diagonal()
+    blocks = gram.view(gram.size(0) // spec.group_size, spec.group_size, -1, spec.group_size)
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
 def _grid(weight: Tensor, specs: list[Packed], dtype: torch.dtype, *, clip: bool, importance: Tensor | None) -> Grid:
