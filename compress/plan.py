@@ -51,8 +51,13 @@ class Plan:
     @property
     def runs_source(self) -> bool:
         """Whether the source runs beside what is pressed, for passes that compare with it."""
+        return self.matches_source or self.recipe.pass_of(Round) is not None
+
+    @property
+    def matches_source(self) -> bool:
+        """Whether weights are fitted to the source's outputs for the source's inputs."""
         gptq = self.recipe.pass_of(Gptq)
-        return (gptq is not None and gptq.correct) or self.recipe.pass_of(Round) is not None
+        return gptq is not None and gptq.correct
 
     def passes_of(self, group: GroupPlan) -> tuple[str, ...]:
         """Return the names of the passes that a group goes through, in their order."""

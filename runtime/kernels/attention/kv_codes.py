@@ -69,7 +69,9 @@ def sequence_numbers(
 
     It is a view if they are stored so and the sequence's blocks are contiguous.
     """
-    codes = sequence_view(indexable(blocks), run, first).view(blocks.dtype)
+    codes = sequence_view(indexable(blocks), run, first)
+    if codes.dtype != blocks.dtype:  # not for nothing: no gradient passes a view as another type, not even the same
+        codes = codes.view(blocks.dtype)
     own = scales if scales is None or scales.shape == (1,) else sequence_view(scales, run, first)
     return decode(codes, own, dtype)
 
