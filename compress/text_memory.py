@@ -1,13 +1,15 @@
 """How much memory pressing with text needs on a CPU, from shapes alone.
 
 T tokens in rows, at most B of them in a batch; H hidden, I intermediate, Q and K columns of queries and of keys; for a
-fused group n = R x C numbers and its inputs' gram of C x C. Numbers are float32 throughout. With GPTQ's `correct` the
-source runs beside, and what is marked * is there twice.
+fused group n = R x C numbers and its inputs' gram of C x C. Numbers are float32 throughout. With GPTQ's `correct` and
+with `round` the source runs beside, and what is marked * is there twice (grams and what they come
+from only with the first).
 
 Held from the first block to the last: the residual stream T H *. While a layer is pressed, beside it: the weights as
 the runtime loads them, n each *; the weights of the source, in the artifact's precision, where the source has another *
 or (float32) where they are rescaled; what is stored of the layer already; and, until o is done, what attention
-gathered, T Q *. On top of these, at the highest of:
+gathered, T Q *. With `round` also T H, the layer's inputs, and what was decided for its groups, 2 n each: the weight
+and its codes (and their scales). On top of these, at the highest of:
 
     embedding  V H *, decoded
     gathering  grams C^2 *, a product of as much, and a batch on its way: what it has come to (the last one too), C *,
@@ -20,6 +22,12 @@ gathered, T Q *. On top of these, at the highest of:
     descending the grams, and 9 n: the weight, matched, scales by column before and now (zero points as well), codes
                before and now, values, the slope of the loss, a product
     searching  (awq) a gram and 7 n, zero points twice more; then the layer is loaded again beside itself
+    tuning     (round) for all groups of the layer together: the latents, how far they lean, what is saved for gradients
+               (codes as steps, and values), and, if they may lean, averages, gradients of the step before, and codes
+               before they were clamped, so 4 n or 7 n, and as much for scales; gradients and two products of the
+               largest n; and for each token of the step 7 H, 3 Q + 2 K, and 7 I: saved are its input and target,
+               normed inputs, sums, what attention sees and gathers (twice), and 4 I; I of these make way for 4 I of
+               gradients
 """
 
 from dataclasses import dataclass
@@ -27,7 +35,7 @@ from dataclasses import dataclass
 import torch
 
 from pressd.compress.group_plan import GroupPlan
-from pressd.compress.pass_options import Awq, Gptq, Smooth
+from pressd.compress.pass_options import Awq, Gptq, Round, Smooth
 from pressd.compress.plan import BlockPlan, Plan
 from pressd.compress.streams import BATCH_TOKENS
 from pressd.runtime.artifact.families import EMBED, LM_HEAD
@@ -38,6 +46,8 @@ _WIDE = torch.float32.itemsize
 # What the steps hold at their highest, as the legend says.
 _MATCHING_SQUARES, _FACTORING_SQUARES, _MEANS = 6, 5, 3
 _SEARCHING_WEIGHTS = 7
+_DECIDED = 2
+_TUNING, _TUNING_LEANING, _TUNING_ONE = 4, 7, 3
 # glibc's DEFAULT_MMAP_THRESHOLD_MAX.
 _LARGEST_ON_HEAP = 32 << 20
 
@@ -67,12 +77,17 @@ class TextMemory:
         widest = max((_gram(group) for group in pressed), default=0)
         if _WIDE * widest <= _LARGEST_ON_HEAP:
             return self.peak_bytes()
-        return self.peak_bytes() - _WIDE * max(self._press(group, sides=self._sides) for group in pressed)
+        return self.peak_bytes() - _WIDE * max(self._press(group, sides=self._matched_sides) for group in pressed)
 
     @property
     def _sides(self) -> int:
         """One, or two where the source runs beside."""
         return 2 if self.plan.runs_source else 1
+
+    @property
+    def _matched_sides(self) -> int:
+        """One, or two where a group's inputs are compared with the source's."""
+        return 2 if self.plan.matches_source else 1
 
     @property
     def _rescales(self) -> bool:
@@ -83,7 +98,8 @@ class TextMemory:
         return min(self.rows, max(1, BATCH_TOKENS // self.seq_len)) * self.seq_len
 
     def _streams(self) -> int:
-        return self.rows * self.seq_len * self.config.hidden_size * self._sides
+        begun = self.plan.recipe.pass_of(Round) is not None
+        return self.rows * self.seq_len * self.config.hidden_size * (self._sides + begun)
 
     def _block(self, block: BlockPlan) -> int:
         numbers = sum(_size(group) for group in block.groups)
@@ -97,14 +113,40 @@ class TextMemory:
         cast = max(cast, numbers * _WIDE) if self._rescales else cast
         loaded = numbers * self._sides
         highest = max(self._group(group) for group in block.groups)
+        options = self.plan.recipe.pass_of(Round)
+        if options is not None:
+            highest = self._tuned(block, options)
         again = max(_size(group) + _gram(group) for group in block.groups) + numbers if self._rescales else 0
         return cast + stored + _WIDE * (loaded + max(highest, again))
+
+    def _tuned(self, block: BlockPlan, options: Round) -> int:
+        """Numbers held at most where groups wait, decided, for the end of the layer, and are tuned there together."""
+        highest = held = scales = 0
+        for group in block.groups:
+            highest = max(highest, held + self._group(group))
+            if group.is_rounded_with_text:
+                held += _DECIDED * _size(group)
+                scales += _scales(group)
+        pressed = [group for group in block.groups if group.is_rounded_with_text]
+        if not pressed:
+            return highest
+        each = _TUNING if self.plan.recipe.pass_of(Gptq) else _TUNING_LEANING
+        numbers = each * sum(map(_size, pressed)) + _TUNING_LEANING * scales + _TUNING_ONE * max(map(_size, pressed))
+        tokens = min(options.rows, self.rows) * self.seq_len
+        return max(highest, held + scales + numbers + tokens * self._differentiated(block))
+
+    def _differentiated(self, block: BlockPlan) -> int:
+        """Numbers per token that a layer holds while gradients pass it."""
+        config = self.config
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        wide = next(group for group in block.groups if group.group.kind == "down").group.shape[1]
+        return 7 * config.hidden_size + 3 * queries + 2 * keys + 7 * wide
 
     def _group(self, group: GroupPlan) -> int:
         kind = group.group.kind
         columns = self.config.num_heads * self.config.head_dim
         attended = self.rows * self.seq_len * columns * self._sides if kind == "o" else 0
-        return attended + self._press(group, sides=self._sides)
+        return attended + self._press(group, sides=self._matched_sides)
 
     def _press(self, group: GroupPlan, *, sides: int) -> int:
         """Numbers that gathering for a group and rounding it hold at most."""
@@ -147,6 +189,11 @@ def _size(group: GroupPlan) -> int:
 
 def _gram(group: GroupPlan) -> int:
     return group.group.shape[1] ** 2
+
+
+def _scales(group: GroupPlan) -> int:
+    specs = [spec for spec in group.specs.values() if isinstance(spec, Packed)]
+    return sum(spec.out_features * (spec.in_features // (spec.group_size or spec.in_features)) for spec in specs)
 
 
 def _has_zero_points(group: GroupPlan) -> bool:

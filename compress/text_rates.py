@@ -2,7 +2,9 @@
 
 T tokens, a fused group of R x C, multiplications and additions in pairs. Every token meets qkv, o and down once and
 gate_up twice (once for the inputs of down, once with them), and again in the source with GPTQ's `correct`; awq asks for
-the inputs of o and down once more. A gram takes T C^2 (twice with `correct`). GPTQ takes R C^2 for half of a sweep,
+the inputs of o and down once more. With `round` the source runs beside as well; every step takes some rows forward and
+back, which is three times forward, all rows are evaluated before and after, and go through the layer once more.
+A gram takes T C^2 (twice with `correct`). GPTQ takes R C^2 for half of a sweep,
 four for each round of descent, two for its errors and one for matching; a Cholesky factor and what is solved with it
 run at about half the speed of products: 1.3 C^3 for the inverse's, 2.3 C^3 for matching. What is left of a sample's
 time, a column at a time, is proportional to R C, or to C where R is small: samples have the group's own rows, up to a
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from pressd.compress.equalise_layer import rounding
 from pressd.compress.group_plan import GroupPlan
-from pressd.compress.pass_options import Awq, Gptq
+from pressd.compress.pass_options import Awq, Gptq, Round
 from pressd.compress.passes.equalize import search_scales
 from pressd.compress.plan import Plan
 from pressd.compress.press_group import clips
@@ -34,6 +36,7 @@ _SAMPLE_TOKENS, _SAMPLE_SIDE = 2048, 1024
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 1024, 256
 _VISITS = {"qkv": 1, "o": 1, "gate_up": 2, "down": 1}
 _SEARCH_VISITS = {"qkv": 1, "gate_up": 1}
+_STEP_PASSES, _OTHER_PASSES = 3, 3
 _SWEEP, _DESCENT, _ERRORS = 0.5, 4, 2
 _INVERSE_CUBES, _MATCHING_CUBES = 1.3, 2.3
 
@@ -64,19 +67,29 @@ def text_seconds(plan: Plan, config: DecoderConfig, rates: TextRates, tokens: in
     """Return the seconds that the text's way through the model and rounding with it take."""
     sides = 2 if plan.runs_source else 1
     awq = plan.recipe.pass_of(Awq) is not None
+    tuned = _tuned_tokens(plan, tokens, seq_len)
     products = columns = 0.0
     for group in plan.groups():
         size, wide = math.prod(group.group.shape), group.group.shape[1]
         kind = group.group.kind
         if kind in _VISITS:
-            products += tokens * size * (_VISITS[kind] * sides + awq * _SEARCH_VISITS.get(kind, 0))
+            products += tokens * size * (_VISITS[kind] * sides + awq * _SEARCH_VISITS.get(kind, 0)) + tuned * size
         if kind == "o":  # attention: scores and values, half of the square being masked
-            products += tokens * seq_len * config.num_heads * config.head_dim * (sides + awq)
+            products += (tokens * (sides + awq) + tuned) * seq_len * config.num_heads * config.head_dim
         if group.is_rounded_with_text:
-            grams = 1 if group.group.name == LM_HEAD else sides + awq
+            grams = 1 if group.group.name == LM_HEAD else 1 + plan.matches_source + awq
             products += tokens * wide**2 * grams + _products(group, plan, *group.group.shape)
             columns += rates.seconds_per_column[_kind(group)] * wide
     return products * rates.seconds_per_product + columns
+
+
+def _tuned_tokens(plan: Plan, tokens: int, seq_len: int) -> int:
+    """Tokens that go through each layer for the sake of tuning it, in passes forward."""
+    options = plan.recipe.pass_of(Round)
+    if options is None:
+        return 0
+    step = min(options.rows * seq_len, tokens)
+    return _STEP_PASSES * options.steps * step + _OTHER_PASSES * tokens
 
 
 def _products(group: GroupPlan, plan: Plan, rows: int, columns: int) -> float:
@@ -110,7 +123,7 @@ def _round(weight: Tensor, gram: Tensor, spec: Packed, plan: Plan) -> None:
     awq = plan.recipe.pass_of(Awq)
     if awq is not None:
         search_scales(gram.diagonal().sqrt(), gram, weight, rounding([spec], plan.dtype), steps=awq.steps)
-    statistics = Statistics(tokens=1, gram=gram, cross=gram if plan.runs_source else None)
+    statistics = Statistics(tokens=1, gram=gram, cross=gram if plan.matches_source else None)
     quantise(weight, [spec], statistics, plan.recipe.pass_of(Gptq), clip=clips(plan), dtype=plan.dtype)
 
 

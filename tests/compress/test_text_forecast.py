@@ -54,6 +54,12 @@ def test_products_are_counted(tiny_llama: Path) -> None:
     again = 512 * (128 * 64 + 320 * 64) + 512 * 128 * 64
     searched = 2 * (forward + again + 2 * grams + (2 + 21) * squares)
     assert seconds(tiny_llama, '[[pass]]\nuse = "awq"', 1.0, 0.0) == pytest.approx(searched)
+    # round: the source beside, grams of one side more, and all of a layer for 3 x 5 x 2 rows and 3 times all rows.
+    once = sum(rows * columns for rows, columns, _ in GROUPS) + 128 * 64
+    tuned = (3 * 5 * 2 * 128 + 3 * 512) * once
+    passes = '[[pass]]\nuse = "rtn"\n[[pass]]\nuse = "round"\nsteps = 5\nrows = 2'
+    expected = 2 * (2 * forward + grams + 2 * squares + tuned)
+    assert seconds(tiny_llama, passes, 1.0, 0.0) == pytest.approx(expected)
     # Columns, by the rows that they have.
     assert seconds(tiny_llama, plain, 0.0, 3.0) == 2 * 3.0 * sum(columns for _, columns, _ in GROUPS)
 
@@ -157,6 +163,7 @@ def middle_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "passes",
     [
         '[[pass]]\nuse = "gptq"\nsweeps = 0\nclip = false\n',
+        '[[pass]]\nuse = "rtn"\n[[pass]]\nuse = "round"\nsteps = 3\nrows = 8\n',
         pytest.param('[[pass]]\nuse = "awq"\n[[pass]]\nuse = "gptq"\n', marks=pytest.mark.slow),
     ],
 )
