@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from pressd.compress.block_work import BlockWork
+from pressd.compress.encoding import decode
 from pressd.runtime.artifact.families import FusedGroup
 from pressd.runtime.kernels.attention.batch import AttentionBatch, KVFormat
-from pressd.runtime.kernels.registry import Preference, describe_device
+from pressd.runtime.kernels.registry import CodeType, Preference, Rows, describe_device
 from pressd.runtime.layers.attention import LayerKV
 from pressd.runtime.layers.linear import LinearLayer
 from pressd.runtime.layers.linear_loader import LinearLoader
@@ -158,15 +159,23 @@ class LayerPass:
             yield kv.keys.flatten(0, 1)[slots], kv.values.flatten(0, 1)[slots]  # the last page may not be full
 
     def learnable(self, lane: Lane, linears: Mapping[str, LinearLayer]) -> Block:
-        """Return the layer on one lane with other linears by kind, and references, which gradients pass, for the rest.
+        """Return the layer on one lane with other linears by kind, and such that gradients pass through for the rest.
 
         What lies between linears is not among these.
         """
         reference = dataclasses.replace(lane, prefer="reference").loader(self._work)
         block = self._blocks[id(lane)]
         for kind in GROUP_KINDS:
-            name = f"layers.{self._index}.{kind}"
-            block = with_linear(block, kind, linears.get(kind) or reference.load(self._groups[name]))
+            linear = linears.get(kind)
+            if linear is None:
+                group = self._groups[f"layers.{self._index}.{kind}"]
+                parts = [
+                    decode(self._work.linear_tensors(one.prefix), self._work.linear(one.prefix), torch.float32)
+                    for one in group.members
+                ]
+                weight = torch.cat(parts).to(lane.device, lane.dtype)
+                linear = PassingLinear(linear=reference.load(group), weight=weight)
+            block = with_linear(block, kind, linear)
         return block
 
     def bias(self, kind: str, lane: Lane) -> Tensor | None:
@@ -213,6 +222,28 @@ class LayerPass:
         for lane in self._lanes:
             block = self._blocks[id(lane)]
             self._blocks[id(lane)] = with_linear(block, kind, lane.loader(self._work).load(group))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassingLinear:
+    """A linear as it is, whose gradient is that of its weight [R, C] alone: none would pass where x is rounded."""
+
+    linear: LinearLayer
+    weight: Tensor
+
+    @property
+    def wants(self) -> CodeType | None:
+        return None
+
+    def __call__(self, x: Rows) -> Tensor:
+        assert isinstance(x, Tensor)
+        passing = torch.nn.functional.linear(x, self.weight)
+        with torch.no_grad():
+            difference = self.linear(x) - passing
+        return passing + difference
+
+    def tensors(self) -> list[Tensor]:
+        return self.linear.tensors()
 
 
 def with_linear(block: Block, kind: str, linear: LinearLayer) -> Block:
