@@ -9,7 +9,9 @@ from torch import Tensor
 
 from pressd.compress.group_plan import GroupPlan
 from pressd.compress.plan import BlockPlan
+from pressd.compress.press_block import dense_tensor
 from pressd.runtime.artifact.kv_scales import scale_names
+from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.artifact.specs import LinearSpec, Packed
 from pressd.runtime.kernels.registry import Tensors
 
@@ -36,6 +38,14 @@ class BlockWork:
     def divisor(self, group: GroupPlan) -> Tensor | None:
         """Return by what the inputs of a group were divided [C], None if they were not."""
         return self._divisors.get(group.group.name)
+
+    @classmethod
+    def begun(cls, source: Checkpoint, plan: BlockPlan, dtype: torch.dtype) -> "BlockWork":
+        """Return the work of a block of which nothing is decided; raises ValueError for numbers that are not finite."""
+        weights = {
+            prefix: dense_tensor(source, f"{prefix}.weight", dtype) for group in plan.groups for prefix in group.specs
+        }
+        return cls(plan, weights, {name: dense_tensor(source, name, dtype) for name in plan.block.others})
 
     @classmethod
     def finished(cls, plan: BlockPlan, tensors: Tensors) -> "BlockWork":

@@ -13,7 +13,6 @@ from pressd.compress.planned_group import Loss, planned_group
 from pressd.compress.quantise_group import Quantised, encode_members
 from pressd.compress.rows import squared_norms
 from pressd.runtime.artifact.manifest import PlannedGroup
-from pressd.runtime.artifact.specs import Packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +30,7 @@ class Decision:
 
     def store(self, work: BlockWork) -> None:
         """Hand the members' tensors to the work, in place of what it may have of them."""
-        specs = [spec for spec in self.group.specs.values() if isinstance(spec, Packed)]
-        stored = encode_members(self.quantised, specs, self.input_scale)
+        stored = encode_members(self.quantised, self.group.packed(), self.input_scale)
         for prefix, tensors in zip(self.group.specs, stored, strict=True):
             work.store(prefix, tensors)
 

@@ -5,10 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pressd.compress import grid as grids
 from pressd.compress.block_work import BlockWork
-from pressd.compress.grid import Grid
-from pressd.compress.group_plan import GroupPlan
+from pressd.compress.grid import fit, of_members
 from pressd.compress.pass_options import Awq, Smooth
 from pressd.compress.passes.equalize import search_scales, smooth_scales
 from pressd.compress.plan import Plan
@@ -26,11 +24,11 @@ def equalise(layer: LayerPass, work: BlockWork, kind: str, plan: Plan) -> None:
     smooth, awq = plan.recipe.pass_of(Smooth), plan.recipe.pass_of(Awq)
     if kind not in NORMS:
         return
-    if smooth is not None and _is_quantised(work.group(kind)):
+    if smooth is not None and work.group(kind).is_rounded_with_text:
         _smooth(layer, work, kind, smooth)
     if awq is not None:
         for reader in (kind, _AHEAD[kind]):
-            if _is_quantised(work.group(reader)):
+            if work.group(reader).is_rounded_with_text:
                 _search(layer, work, reader, plan, awq)
 
 
@@ -52,7 +50,7 @@ def _search(layer: LayerPass, work: BlockWork, kind: str, plan: Plan, options: A
     mean = shared_by_heads(statistics.mean.clamp_min(1e-9), *heads) if kind == "o" else statistics.mean
     weight = work.weight(group).to(mean.device)
     scales, without, with_it = search_scales(
-        mean, statistics.gram, weight, rounding(_packed(group), plan.dtype), steps=options.steps
+        mean, statistics.gram, weight, rounding(group.packed(), plan.dtype), steps=options.steps
     )
     work.notes[group.group.name].append(f"awq: {(with_it / without if without else 1.0):.3f} of the loss")
     if kind in NORMS:
@@ -62,20 +60,10 @@ def _search(layer: LayerPass, work: BlockWork, kind: str, plan: Plan, options: A
     layer.reload()
 
 
-def _packed(group: GroupPlan) -> list[Packed]:
-    return [spec for spec in group.specs.values() if isinstance(spec, Packed)]
-
-
 def rounding(specs: Sequence[Packed], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Return what rounds rows [R, C] of members with `specs` to nearest, as they would be stored."""
-    rows = [spec.out_features for spec in specs]
 
     def nearest(weight: Tensor) -> Tensor:
-        fitted = [grids.fit(part, spec, dtype) for part, spec in zip(torch.split(weight, rows), specs, strict=True)]
-        return Grid.stacked(fitted).by_column().nearest(weight)
+        return of_members(weight, specs, lambda part, spec: fit(part, spec, dtype)).by_column().nearest(weight)
 
     return nearest
-
-
-def _is_quantised(group: GroupPlan) -> bool:
-    return all(isinstance(spec, Packed) and not spec.is_dense for spec in group.specs.values())

@@ -6,7 +6,7 @@ pass sees the levels that a reader will see.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,6 +136,12 @@ def search(weight: Tensor, spec: Packed, dtype: torch.dtype, importance: Tensor 
         least = torch.where(better, loss, least)
         best = _choose(better, tried, best)
     return best
+
+
+def of_members(weight: Tensor, specs: Sequence[Packed], fitted: Callable[[Tensor, Packed], Grid]) -> Grid:
+    """Return the grid of rows [R, C] of members with `specs`, each fitted by itself: blocks end where it ends."""
+    parts = torch.split(weight, [spec.out_features for spec in specs])
+    return Grid.stacked([fitted(part, spec) for part, spec in zip(parts, specs, strict=True)])
 
 
 def _spanning(low: Tensor, high: Tensor, spec: Packed, dtype: torch.dtype) -> Grid:

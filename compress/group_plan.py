@@ -27,6 +27,10 @@ class GroupPlan:
         plain = all(isinstance(spec, Packed) and not spec.is_dense for spec in self.specs.values())
         return plain and self.group.name != EMBED
 
+    def packed(self) -> list[Packed]:
+        """Return the specs of a group of single weights."""
+        return [spec for spec in self.specs.values() if isinstance(spec, Packed)]
+
     @property
     def has_static_activations(self) -> bool:
         """Whether a scale of its inputs is stored, which only text can tell."""

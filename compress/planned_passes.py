@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 from pressd.compress.group_plan import GroupPlan
 from pressd.compress.pass_options import Awq, Gptq, Round, Rtn, Smooth, Static
+from pressd.compress.passes.round import can_be_learnt
 from pressd.compress.recipe import Recipe
 from pressd.runtime.artifact.families import LM_HEAD
 from pressd.runtime.artifact.schemes import Scheme
+from pressd.runtime.artifact.specs import Packed
 
 # What smooth can move size into: groups behind a norm.
 _BEHIND_NORMS = ("qkv", "gate_up")
@@ -35,7 +37,8 @@ def passes_of(group: GroupPlan, recipe: Recipe) -> tuple[str, ...]:
     if recipe.pass_of(Awq) and in_layer:
         names.append("awq")
     names.append("gptq" if recipe.pass_of(Gptq) else "rtn")
-    if recipe.pass_of(Round) and in_layer:
+    learnt = all(isinstance(spec, Packed) and can_be_learnt(spec) for spec in group.specs.values())
+    if recipe.pass_of(Round) and in_layer and learnt:
         names.append("round")
     return (*names, *static)
 
@@ -60,4 +63,6 @@ def check_passes(recipe: Recipe, groups: Sequence[GroupPlan]) -> None:
 def _why_idle(name: str) -> str:
     if name == "static":
         return "no group has a scheme with static activations, and kv is not set"
+    if name == "round":
+        return "no group of the layers is stored as plain integers"
     return "no group is stored as plain integers or 8-bit floats"

@@ -18,7 +18,6 @@ from pressd.compress.press_linear import press_linear
 from pressd.compress.quantise_group import quantise
 from pressd.compress.statistics import SourceInputs, Statistics, Wanted, gather
 from pressd.runtime.artifact.manifest import PlannedGroup
-from pressd.runtime.artifact.specs import Packed
 
 
 def collect(
@@ -45,7 +44,7 @@ def press_group(
         input_scale = _input_scale(group, statistics, plan)
     if statistics is None or not group.is_rounded_with_text:
         return _press_alone(work, group, input_scale, plan)
-    specs = [spec for spec in group.specs.values() if isinstance(spec, Packed)]
+    specs = group.packed()
     weight = work.weight(group)
     gptq = plan.recipe.pass_of(Gptq)
     assert statistics.gram is not None

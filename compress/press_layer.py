@@ -47,6 +47,7 @@ def press_layer(
             decided = press_group(work, group, statistics, plan, clock)
             # What nobody will change any more need not be held.
             pressed[kind] = describe(decided, work, plan) if options is None else decided
+            layer.settle(kind)
         if kind == "qkv" and work.plan.kv_scales:
             with clock.step("static"):
                 _measure_kv(layer, work, plan)
@@ -74,11 +75,12 @@ def _tune(
     """Tune what can be, and go through the layer once more with what came out."""
     decisions = {kind: one for kind, one in pressed.items() if isinstance(one, Decision)}
     tuned, part = tune(layer, begun, source.streams, decisions, options, seed, leans=leans)
-    for kind, decision in tuned.items():
+    for decision in tuned.values():
         work.notes[decision.group.group.name].append(f"round: {part:.3f} of the layer's squared error")
-        if decision is not decisions[kind]:
-            decision.store(work)
     if part < 1:
+        for kind, decision in tuned.items():
+            decision.store(work)
+            layer.settle(kind)
         for stream, x in zip(layer.streams, begun, strict=True):
             stream.x = x
         for kind in GROUP_KINDS:
@@ -99,7 +101,6 @@ def _measure_kv(layer: LayerPass, work: BlockWork, plan: Plan) -> None:
     options = plan.recipe.pass_of(Static)
     assert options is not None
     assert options.kv is not None
-    layer.settle("qkv")
     histograms: list[Histogram] = []
     for pair in layer.keys_and_values():
         counted = [Histogram.of(one).to(torch.device("cpu")) for one in pair]  # streams may be on several devices

@@ -8,10 +8,12 @@ from pressd.compress.block_work import BlockWork
 from pressd.compress.calibration import CalibrationRows
 from pressd.compress.cost import Clock
 from pressd.compress.encoding import decode
+from pressd.compress.group_plan import GroupPlan
 from pressd.compress.plan import BlockPlan, Plan
 from pressd.compress.press_block import Pressed, dense_tensor, named
 from pressd.compress.press_group import collect, describe, press_group
 from pressd.compress.press_layer import press_layer
+from pressd.compress.statistics import Statistics
 from pressd.compress.streams import Lane, LayerPass, Stream, final_inputs, open_streams
 from pressd.runtime.artifact.families import EMBED, EMBED_PREFIX
 from pressd.runtime.artifact.manifest import PlannedGroup
@@ -19,6 +21,8 @@ from pressd.runtime.artifact.reader import Checkpoint
 from pressd.runtime.kernels.registry import Tensors
 from pressd.runtime.models import decoder_config
 from pressd.runtime.models.loading import GROUP_KINDS
+
+_HEAD = "head"
 
 
 class TextPresser:
@@ -45,20 +49,18 @@ class TextPresser:
     @torch.no_grad()
     def press(self, block: BlockPlan, done: list[PlannedGroup]) -> Iterator[Pressed]:
         """Yield all of a block's tensors, and put an entry for each of its groups into `done`."""
-        work = self._load(block)
+        work = BlockWork.begun(self._source, block, self._plan.dtype)
         if block.block.name == EMBED:
-            pressed = press_group(work, block.groups[0], None, self._plan, self._clock)
-            done.append(describe(pressed, work, self._plan))
+            done.append(self._press_group(work, block.groups[0], None))
             self._open(work)
-        elif block.groups and block.block.name != _HEAD:
+        elif block.block.name == _HEAD:
+            for group in block.groups:
+                inputs = final_inputs(self._config, work.others[self._config.final_norm], self._streams)
+                done.append(self._press_group(work, group, collect(inputs, len(self._lanes), group, self._clock)))
+        else:
             layer = LayerPass(self._config, _index(block), work, self._streams)
             seed = self._rows.seed + _index(block)
             done += press_layer(layer, self._source_layer(block), work, self._plan, self._clock, seed)
-        for group in block.groups if block.block.name == _HEAD else ():
-            inputs = final_inputs(self._config, work.others[self._config.final_norm], self._streams)
-            statistics = collect(inputs, len(self._lanes), group, self._clock)
-            pressed = press_group(work, group, statistics, self._plan, self._clock)
-            done.append(describe(pressed, work, self._plan))
         for group in block.groups:
             for prefix, spec in group.specs.items():
                 yield Pressed(tensors=named(prefix, work.stored(prefix)), is_pressed=not spec.is_dense)
@@ -78,20 +80,16 @@ class TextPresser:
                 for kind in GROUP_KINDS:
                     one.advance(kind)
 
+    def _press_group(self, work: BlockWork, group: GroupPlan, statistics: Statistics | None) -> PlannedGroup:
+        """Press a group outside of the layers."""
+        return describe(press_group(work, group, statistics, self._plan, self._clock), work, self._plan)
+
     def _source_layer(self, block: BlockPlan) -> LayerPass | None:
         """The layer as the source has it, over the source's own streams, if passes compare with it."""
         if not self._compares:
             return None
-        return LayerPass(self._config, _index(block), self._load(block), self._source_streams)
-
-    def _load(self, block: BlockPlan) -> BlockWork:
-        weights = {
-            prefix: dense_tensor(self._source, f"{prefix}.weight", self._plan.dtype)
-            for group in block.groups
-            for prefix in group.specs
-        }
-        others = {name: dense_tensor(self._source, name, self._plan.dtype) for name in block.block.others}
-        return BlockWork(block, weights, others)
+        work = BlockWork.begun(self._source, block, self._plan.dtype)
+        return LayerPass(self._config, _index(block), work, self._source_streams)
 
     def _open(self, work: BlockWork) -> None:
         """Look the tokens up in the embedding as it is stored."""
@@ -100,9 +98,6 @@ class TextPresser:
         if self._compares:
             source = dense_tensor(self._source, f"{EMBED_PREFIX}.weight", self._plan.dtype).float()
             self._source_streams = open_streams(self._rows.ids, self._lanes, source)
-
-
-_HEAD = "head"
 
 
 def _index(block: BlockPlan) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pressd.compress.encoding import encode
-from pressd.compress.grid import Grid, fit, search
+from pressd.compress.grid import Grid, fit, of_members, search
 from pressd.compress.pass_options import Gptq
 from pressd.compress.passes.descent import refine
 from pressd.compress.passes.gptq import SingularError, gptq, match_source
@@ -63,8 +63,11 @@ def quantise(
             weight = match_source(weight, gram, statistics.cross, statistics.lag, damp=options.damp)
         except SingularError:
             options, fallback = None, _SINGULAR
-    importance = None if options is not None else _importance(gram, specs[0])
-    levels = _grid(weight, specs, dtype, clip=clip, importance=importance)
+    if clip and specs[0].block_size is None:
+        importance = None if options is not None else _importance(gram, specs[0])
+        levels = of_members(weight, specs, lambda part, spec: search(part, spec, dtype, importance))
+    else:
+        levels = of_members(weight, specs, lambda part, spec: fit(part, spec, dtype))
     columns = levels.by_column()
     notes: tuple[str, ...] = ()
     if options is None:
@@ -106,12 +109,3 @@ def _importance(gram: Tensor, spec: Packed) -> Tensor:
         return gram.diagonal()
     blocks = gram.view(gram.size(0) // spec.group_size, spec.group_size, -1, spec.group_size)
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-
-
-def _grid(weight: Tensor, specs: list[Packed], dtype: torch.dtype, *, clip: bool, importance: Tensor | None) -> Grid:
-    """Each member's own grid, since blocks of rows end where it ends, under one another."""
-    grids = []
-    for part, spec in zip(torch.split(weight, [spec.out_features for spec in specs]), specs, strict=True):
-        is_searched = clip and spec.block_size is None
-        grids.append(search(part, spec, dtype, importance) if is_searched else fit(part, spec, dtype))
-    return Grid.stacked(grids)

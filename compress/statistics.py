@@ -21,13 +21,6 @@ class Wanted:
     channels: bool = False
     histogram: bool = False
 
-    def __or__(self, other: "Wanted") -> "Wanted":
-        return Wanted(
-            gram=self.gram or other.gram,
-            channels=self.channels or other.channels,
-            histogram=self.histogram or other.histogram,
-        )
-
     @property
     def nothing(self) -> bool:
         """Whether nobody wants anything."""

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from pressd.compress.block_work import BlockWork
 from pressd.compress.encoding import decode
+from pressd.compress.learning_linears import PassingLinear
 from pressd.runtime.artifact.families import FusedGroup
 from pressd.runtime.kernels.attention.batch import AttentionBatch, KVFormat
-from pressd.runtime.kernels.registry import CodeType, Preference, Rows, describe_device
+from pressd.runtime.kernels.registry import Preference, describe_device
 from pressd.runtime.layers.attention import LayerKV
 from pressd.runtime.layers.linear import LinearLayer
 from pressd.runtime.layers.linear_loader import LinearLoader
@@ -135,12 +136,13 @@ class LayerPass:
             yield self._lanes.index(stream.lane), self._inputs(kind, stream)
 
     def settle(self, kind: str) -> None:
-        """Take a group in its final form, as the work has it."""
-        self._reload_group(kind)
+        """Take a group as the work has it now: to be called when that has changed."""
+        group = self._groups[f"layers.{self._index}.{kind}"]
+        for lane in self._lanes:
+            self._blocks[id(lane)] = with_linear(self._blocks[id(lane)], kind, lane.loader(self._work).load(group))
 
     def advance(self, kind: str) -> None:
-        """Go on with a group in its final form, as the work has it."""
-        self._reload_group(kind)
+        """Go on behind a group, as it was loaded or settled last."""
         for stream in self.streams:
             block = self._blocks[id(stream.lane)]
             if kind == "qkv":
@@ -216,34 +218,6 @@ class LayerPass:
         shape = (*stream.places.kv_shape, self._config.num_kv_heads, self._config.head_dim)
         keys = torch.empty(shape, dtype=stream.lane.dtype, device=stream.lane.device)
         return LayerKV(keys=keys, values=torch.empty_like(keys))
-
-    def _reload_group(self, kind: str) -> None:
-        group = self._groups[f"layers.{self._index}.{kind}"]
-        for lane in self._lanes:
-            block = self._blocks[id(lane)]
-            self._blocks[id(lane)] = with_linear(block, kind, lane.loader(self._work).load(group))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PassingLinear:
-    """A linear as it is, whose gradient is that of its weight [R, C] alone: none would pass where x is rounded."""
-
-    linear: LinearLayer
-    weight: Tensor
-
-    @property
-    def wants(self) -> CodeType | None:
-        return None
-
-    def __call__(self, x: Rows) -> Tensor:
-        assert isinstance(x, Tensor)
-        passing = torch.nn.functional.linear(x, self.weight)
-        with torch.no_grad():
-            difference = self.linear(x) - passing
-        return passing + difference
-
-    def tensors(self) -> list[Tensor]:
-        return self.linear.tensors()
 
 
 def with_linear(block: Block, kind: str, linear: LinearLayer) -> Block:

@@ -1,56 +1,22 @@
 """Tunes the codes and scales of a whole layer to the outputs that the source's layer has (passes/round.py)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pressd.compress.decision import Decision
+from pressd.compress.learning_linears import LearningLinear
 from pressd.compress.pass_options import Round
 from pressd.compress.passes.round import LatentWeight, can_be_learnt, sign_descent
 from pressd.compress.streams import Lane, LayerPass, Stream
 from pressd.runtime.kernels.attention import cpu as attention_cpu
 from pressd.runtime.kernels.attention import reference as attention_reference
 from pressd.runtime.kernels.catalogue import POINTWISE
-from pressd.runtime.kernels.integer_codes import quantize_activations_by, round_activations
-from pressd.runtime.kernels.registry import CodeType, Rows
 from pressd.runtime.layers.attention import LayerKV
 from pressd.runtime.models.decoder import Block
 from pressd.runtime.models.sequences import independent
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LearningLinear:
-    """A linear whose weight is being learnt; x is rounded as it will be where activations are."""
-
-    weight: Callable[[], Tensor]
-    decision: Decision
-    bias: Tensor | None
-
-    @property
-    def wants(self) -> CodeType | None:
-        return None
-
-    def __call__(self, x: Rows) -> Tensor:
-        assert isinstance(x, Tensor)
-        return torch.nn.functional.linear(self._seen(x), self.weight(), self.bias)
-
-    def tensors(self) -> list[Tensor]:
-        return []
-
-    def _seen(self, x: Tensor) -> Tensor:
-        spec = self.decision.quantised.grid.spec
-        if spec.activation_bits == 16:
-            return x
-        with torch.no_grad():
-            if self.decision.input_scale is None:
-                seen = round_activations(x, spec.group_size)
-            else:
-                codes, scale = quantize_activations_by(x, self.decision.input_scale.to(x.device))
-                seen = (codes * scale).to(x.dtype)
-        return x + (seen - x).detach()
 
 
 def tune(
@@ -63,15 +29,15 @@ def tune(
     *,
     leans: bool,
 ) -> tuple[dict[str, Decision], float]:
-    """Return better decisions for groups by kind, and the layer's squared error with them as a part of what it was.
+    """Return better decisions by kind, of what can be learnt, and the layer's squared error, as a part of before.
 
     `inputs` are the streams before the layer, [T, H] each, and `targets` the source's streams after it. What is not
     better over all tokens is not taken: the part is 1 then, and the decisions are the ones that were given. Without
     `leans` codes stay, and scales alone are tuned.
     """
-    tuned = {kind: decision for kind, decision in decisions.items() if can_be_learnt(decision.quantised.grid)}
+    tuned = {kind: decision for kind, decision in decisions.items() if can_be_learnt(decision.quantised.grid.spec)}
     if not tuned:
-        return dict(decisions), 1.0
+        return {}, 1.0
     lane = layer.streams[0].lane
     device = lane.device
     latent = {kind: _latent(one, device, leans=leans) for kind, one in tuned.items()}
@@ -87,8 +53,8 @@ def tune(
     sign_descent(lambda _: rows.loss(rows.draw(generator)), list(latent.values()), steps=options.steps, rate=rate)
     after = rows.error()
     if not after < before:
-        return dict(decisions), 1.0
-    return dict(decisions) | {kind: tuned[kind].moved_to(*latent[kind].rounded()) for kind in tuned}, after / before
+        return tuned, 1.0
+    return {kind: tuned[kind].moved_to(*latent[kind].rounded()) for kind in tuned}, after / before
 
 
 def _latent(decision: Decision, device: torch.device, *, leans: bool) -> LatentWeight:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pressd.compress.grid import Grid, code_range
+from pressd.runtime.artifact.specs import Packed
 from pressd.runtime.kernels.fp8 import format as fp8
 
 # How far a code may be from where it began, and scales from theirs, as a part of them.
@@ -76,9 +77,9 @@ class LatentWeight:
         return _through(lambda scale: scale.to(self._grid.dtype).float(), self._grid.scale * (1 + self.stretch))
 
 
-def can_be_learnt(grid: Grid) -> bool:
+def can_be_learnt(spec: Packed) -> bool:
     """Whether codes are whole numbers with scales of their own; floats and blocks of rows stay as they are."""
-    return grid.spec.storage != fp8.NAME and grid.spec.block_size is None
+    return spec.storage != fp8.NAME and spec.block_size is None
 
 
 def sign_descent(loss_of: Callable[[int], Tensor], weights: Sequence[LatentWeight], *, steps: int, rate: float) -> None:

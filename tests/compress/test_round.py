@@ -21,7 +21,6 @@ from pressd.compress.pass_options import Gptq, Round
 from pressd.compress.passes.round import LatentWeight, can_be_learnt, sign_descent
 from pressd.compress.plan import make_plan
 from pressd.compress.press import BlockDone
-from pressd.compress.press_block import dense_tensor
 from pressd.compress.press_group import collect, press_group
 from pressd.compress.recipe import parse_recipe
 from pressd.compress.streams import Lane, LayerPass, Stream, open_streams
@@ -136,7 +135,7 @@ def test_nothing_moves_out_of_bounds() -> None:
     ("scheme", "learnt"), [("w4a16g32", True), ("w8a8", True), ("fp8", False), ("fp8-block", False)]
 )
 def test_floats_and_blocks_are_not_learnt(scheme: str, learnt: bool) -> None:
-    assert can_be_learnt(grid_of(scheme, random(128, 256))) == learnt
+    assert can_be_learnt(grid_of(scheme, random(128, 256)).spec) == learnt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +161,7 @@ class Begun:
         for stream, x in zip(self.layer.streams, self.inputs, strict=True):
             stream.x = x
         for kind in GROUP_KINDS:
+            self.layer.settle(kind)
             self.layer.advance(kind)
         pairs = zip(self.layer.streams, self.targets, strict=True)
         return sum(float((ours.x - theirs.x).double().square().sum()) for ours, theirs in pairs)
@@ -178,12 +178,7 @@ def begin(source: Path, schemes: str = '"*" = "w3a16g32"', quantise: str = "rtn"
     ids = torch.randint(0, 97, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
 
     def layer_of() -> tuple[LayerPass, BlockWork]:
-        weights = {
-            prefix: dense_tensor(checkpoint, f"{prefix}.weight", plan.dtype)
-            for group in block.groups
-            for prefix in group.specs
-        }
-        work = BlockWork(block, weights, {n: dense_tensor(checkpoint, n, plan.dtype) for n in block.block.others})
+        work = BlockWork.begun(checkpoint, block, plan.dtype)
         streams = open_streams(ids, [lane], checkpoint.tensor("model.embed_tokens.weight"))
         return LayerPass(config, 0, work, streams), work
 
@@ -195,6 +190,7 @@ def begin(source: Path, schemes: str = '"*" = "w3a16g32"', quantise: str = "rtn"
         decided = press_group(work, group, collect(layer.inputs(kind), 1, group, clock), plan, clock)
         if isinstance(decided, Decision):
             decisions[kind] = decided
+        layer.settle(kind)
         layer.advance(kind)
         theirs.advance(kind)
     leans = plan.recipe.pass_of(Gptq) is None
@@ -275,11 +271,25 @@ def test_what_cannot_be_learnt_is_left(tiny_llama: Path) -> None:
     begun = begin(tiny_llama, '"*" = "fp8a16"\n"layers.*.o" = "keep"\n"layers.*.qkv" = "w2a16g32"')
     tuned, part = begun.tuned()
     assert part < 1
-    assert [kind for kind in tuned if tuned[kind] is not begun.decisions[kind]] == ["qkv"]
+    assert list(tuned) == ["qkv"]
+    assert tuned["qkv"] is not begun.decisions["qkv"]
     nothing = begin(tiny_llama, '"*" = "fp8"\n"layers.1.qkv" = "w4a16g32"')
-    tuned, part = nothing.tuned()
-    assert part == 1
-    assert all(tuned[kind] is nothing.decisions[kind] for kind in GROUP_KINDS)
+    assert nothing.tuned() == ({}, 1)
+
+
+def test_a_manifest_names_round_where_something_was_tuned(tiny_llama: Path, tmp_path: Path) -> None:
+    press(tiny_llama, tmp_path / "out", ROUND + '"layers.*.o" = "fp8"\n"layers.*.down" = "keep"\n')
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    for group in manifest.plan:
+        is_tuned = group.scheme == "w4a16g32"
+        assert ("round" in group.passes) == is_tuned
+        assert any(note.startswith("round: ") for note in group.notes) == is_tuned
+
+
+def test_round_without_anything_to_learn_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pass 'round' has nothing to do: no group of the layers is stored as plain"):
+        press(tiny_llama, tmp_path / "out", ROUND.replace("w4a16g32", "fp8"))
 
 
 ROUND = '[[pass]]\nuse = "rtn"\n[[pass]]\nuse = "round"\nsteps = 20\nrows = 3\n[scheme]\n"*" = "w4a16g32"\n'

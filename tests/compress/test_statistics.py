@@ -74,14 +74,14 @@ def test_sixteen_bit_inputs_are_summed_in_float32() -> None:
 
 def test_only_what_is_wanted_is_collected() -> None:
     x = inputs(1)
-    collector = Collector(Wanted(gram=True) | Wanted(channels=True))
+    collector = Collector(Wanted(gram=True, channels=True))
     collector.add(x)
     found = collector.statistics()
     assert found.histogram is found.cross is None
     assert found.gram is not None
     assert found.mean is not None
     assert Wanted().nothing
-    assert not (Wanted() | Wanted(histogram=True)).nothing
+    assert not Wanted(histogram=True).nothing
 
 
 def test_asking_twice_gives_the_same() -> None:
