@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from family_models import save_family
 
 from pressd.compress import compress
 from pressd.compress.block_work import BlockWork
 from pressd.compress.calibration import CalibrationRows
 from pressd.compress.plan import Plan, make_plan
-from pressd.compress.press_block import dense_tensor
 from pressd.compress.recipe import parse_recipe
 from pressd.compress.statistics import Wanted, gather
 from pressd.compress.streams import Lane, LayerPass, Stream, final_inputs, open_streams
@@ -50,17 +50,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import transformers
-
     path = tmp_path_factory.mktemp(request.param)
-    config = getattr(transformers, f"{request.param}Config")(**(SHAPE | FAMILIES[request.param]))
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        model = getattr(transformers, f"{request.param}ForCausalLM")(config)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
-    model.save_pretrained(path)
+    save_family(request.param, SHAPE | FAMILIES[request.param], path)
     return path
 
 
@@ -78,12 +69,7 @@ def kept(checkpoint: Checkpoint) -> Plan:
 
 def dense_work(checkpoint: Checkpoint, plan: Plan, index: int) -> BlockWork:
     block = next(block for block in plan.blocks if block.block.name == f"layers.{index}")
-    weights = {
-        prefix: dense_tensor(checkpoint, f"{prefix}.weight", plan.dtype)
-        for group in block.groups
-        for prefix in group.specs
-    }
-    return BlockWork(block, weights, {name: dense_tensor(checkpoint, name, plan.dtype) for name in block.block.others})
+    return BlockWork.begun(checkpoint, block, plan.dtype)
 
 
 @torch.no_grad()

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from family_models import save_family
 
 from pressd.compress.block_work import BlockWork
 from pressd.compress.plan import Plan, make_plan
-from pressd.compress.press_block import dense_tensor
 from pressd.compress.recipe import recipe_of_scheme
 from pressd.compress.streams import Lane, LayerPass, open_streams
 from pressd.compress.transforms import fold_into_norm, fold_into_rows, shared_by_heads
@@ -29,10 +29,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import transformers
-
     name: str = request.param
-    family = name.partition(".")[0]
     shape = {
         "vocab_size": 101,
         "hidden_size": 64,
@@ -45,15 +42,8 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         "eos_token_id": None,
         "bos_token_id": None,
     }
-    config = getattr(transformers, f"{family}Config")(**(shape | FAMILIES[name]))
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        model = getattr(transformers, f"{family}ForCausalLM")(config)
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("bias") or "norm" in parameter_name:
-                torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
     directory = tmp_path_factory.mktemp(name)
-    model.save_pretrained(directory)
+    save_family(name.partition(".")[0], shape | FAMILIES[name], directory)
     return directory
 
 
@@ -61,11 +51,7 @@ def open_layer(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Plan, Bl
     checkpoint = Checkpoint.open(path)
     plan = make_plan(checkpoint, recipe_of_scheme("w8a8"))
     block = next(block for block in plan.blocks if block.block.name == "layers.0")
-    weights = {
-        prefix: dense_tensor(checkpoint, f"{prefix}.weight", dtype) for group in block.groups for prefix in group.specs
-    }
-    others = {name: dense_tensor(checkpoint, name, dtype) for name in block.block.others}
-    return plan, BlockWork(block, weights, others)
+    return plan, BlockWork.begun(checkpoint, block, dtype)
 
 
 def outputs(path: Path, work: BlockWork) -> torch.Tensor:

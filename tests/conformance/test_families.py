@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_models import save_family
 
 from pressd.compress import compress
 from pressd.runtime.artifact.reader import ArtifactError, Checkpoint
@@ -121,17 +122,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def _save(name: str, path: Path) -> Path:
-    import transformers
-
-    family = name.partition(".")[0]
-    config = getattr(transformers, f"{family}Config")(**(SHAPE | VARIANTS[name]))
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        model = getattr(transformers, f"{family}ForCausalLM")(config)
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("bias") or "norm" in parameter_name:
-                torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
-    model.save_pretrained(path)
+    save_family(name.partition(".")[0], SHAPE | VARIANTS[name], path)
     return path
 
 
